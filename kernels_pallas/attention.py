@@ -1,0 +1,86 @@
+"""Ragged paged attention: the contract, and the choice of implementation.
+
+Shape letters: T tokens in the step, S sequences, B blocks in the pool, N tokens in a block, P blocks in a
+sequence's table, H query heads, K key/value heads, G = H / K, D head size.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from kernels_pallas import reference
+
+Cache = Any  # one layer's keys and values: a pytree whose layout is the implementation's own business
+_IMPLEMENTATIONS = {"reference": reference}
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kv_lens", "block_tables", "cu_q_lens", "num_seqs"],
+    meta_fields=["decode_only"],
+)
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which tokens of the step belong to which sequence, and where their keys and values live.
+
+    Attributes:
+      kv_lens: int32[S], tokens of each sequence in the cache once this step's are written; 0 for padding.
+      block_tables: int32[S, P], block ids; entries past a sequence's length are 0 (the padding block).
+      cu_q_lens: int32[S + 1], where each sequence's tokens start in T; sequence s has the last
+        cu_q_lens[s+1] - cu_q_lens[s] positions of its kv_lens[s].
+      num_seqs: int32[2]: single-token sequences at the front of the batch, and sequences in all.
+      decode_only: static; every sequence has exactly one token and T == S.
+    """
+
+    kv_lens: jax.Array
+    block_tables: jax.Array
+    cu_q_lens: jax.Array
+    num_seqs: jax.Array
+    decode_only: bool = False
+
+
+def attention_backend(name: str = "auto") -> str:
+    """Resolves "auto" to the implementation for the default device, by capability; checks any other name."""
+    if name == "auto":
+        return "reference"
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"attention backend {name!r} is not one of: auto, {', '.join(_IMPLEMENTATIONS)}")
+    return name
+
+
+def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:
+    """The pytree of jax.ShapeDtypeStruct that one layer's cache has under `backend`."""
+    return _IMPLEMENTATIONS[backend].cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
+
+
+def ragged_paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    backend: str,
+) -> tuple[jax.Array, Cache]:
+    """Writes the step's keys and values into the cache and attends, causally, over everything cached.
+
+    Args:
+      q: [T, H, D]. k, v: [T, K, D], of the tokens of this step. Rows past the last sequence are padding.
+      cache: this layer's cache, of `cache_shape`; donated by the step, updated in place.
+      scale: multiplies the scores.
+      window: a token sees itself and the window - 1 tokens before it; None sees all.
+      soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv 2408.00118).
+      sinks: float32[H], a learned logit that takes part in the softmax's denominator alone (gpt-oss).
+
+    Returns:
+      [T, H, D] in q's dtype, zeros in padding rows, and the cache.
+    """
+    return _IMPLEMENTATIONS[backend].ragged_paged_attention(
+        q, k, v, cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+    )
