@@ -21,11 +21,11 @@ def require(condition: bool, param: str, message: str) -> None:
 class ModelArgs:
     _argument_group_name: ClassVar[str] = "model"
 
-    model: str = option("smollm2-135m-instruct", "hub id, directory, .gguf file, or the default model's name")
+    model: str = option("smollm2-135m-instruct", "hub id, directory or .gguf file")
     tokenizer: str | None = option(None, "hub id or directory of the tokenizer; none: the model's own")
     skip_tokenizer_init: bool = option(False, "run without a tokenizer: token ids in, token ids out")
     revision: str | None = option(None, "hub revision: branch, tag or commit")
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option("auto", "dummy: random weights from config.json")
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option("auto", "dummy: random weights")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16, on a CPU float32")
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens; none: the model's context")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
@@ -62,7 +62,7 @@ class SchedulerArgs:
     max_num_batched_tokens: int | None = option(None, "most tokens in one step; none: 8192, on a CPU 512")
     max_num_queued_requests: int = option(4096, "requests that may wait; one more is refused (429)")
     max_num_queued_tokens: int = option(16_777_216, "prompt tokens that may wait; more are refused (429)")
-    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "order of admission; priority: lowest value first")
+    scheduling_policy: Literal["fcfs", "priority"] = option("fcfs", "priority: lowest value first")
     max_logprobs: int = option(20, "most logprobs a request may ask for")
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class SchedulerArgs:
 class RunnerArgs:
     _argument_group_name: ClassVar[str] = "runner"
 
-    attention_backend: Literal["auto", "reference"] = option("auto", "attention kernels; auto: by the device's capability")
-    compilation_cache_dir: str | None = option("~/.cache/paged/xla", "compiled programs are kept here; empty: not kept")
+    attention_backend: Literal["auto", "reference"] = option("auto", "auto: by the device's capability")
+    compilation_cache_dir: str | None = option("~/.cache/paged/xla", "compiled programs; empty: not kept")
 
 
 @dataclass(frozen=True, kw_only=True)
