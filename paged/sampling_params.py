@@ -1,8 +1,10 @@
 """How to sample one request: names, defaults and rules as in vLLM, validated on construction."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from reprlib import repr
+from typing import Any, NoReturn
 
 from paged.errors import InvalidRequestError
 
@@ -19,22 +21,26 @@ class SamplingParams:
       presence_penalty, frequency_penalty: subtracted from the logits of generated tokens, once and per
         occurrence (OpenAI's definition), in [-2, 2].
       repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or output
-        (CTRL, arXiv 1909.05858), > 0.
+        (CTRL, arXiv 1909.05858), > 0; in [1e-20, 1e20] so that float32 logits stay finite.
       temperature: divides the logits, in [0, 2]; below 1e-5 means greedy, and top_p, top_k, min_p are ignored.
       top_p: smallest set of tokens with at least this probability mass, in (0, 1] (arXiv 1904.09751).
       top_k: this many most likely tokens; 0 or -1 is off. Ties at the edge are all kept.
       min_p: tokens with at least this fraction of the top probability, in [0, 1] (arXiv 2407.01082).
-      seed: makes the sampled noise a function of (seed, position, token id) alone; None or -1 draws one.
-      stop: strings that end the generation; not part of the text unless include_stop_str_in_output.
-      stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens.
+      seed: 64-bit integer, signed or unsigned, that makes the sampled noise a function of (seed, position,
+        token id) alone; None or -1 draws one.
+      stop: strings that end the generation; not part of the text unless include_stop_str_in_output. A tuple
+        once constructed.
+      stop_token_ids: tokens that end it, beside the model's end-of-sequence tokens. A tuple once constructed.
       ignore_eos: generate past the end-of-sequence tokens.
       max_tokens: most tokens to generate; None means up to the context length.
-      min_tokens: end-of-sequence and stop tokens are forbidden before this many tokens.
+      min_tokens: end-of-sequence and stop tokens are forbidden before this many tokens, and stop strings are
+        not looked for.
       logprobs: report this many most likely tokens (-1 is all that the engine allows) beside the chosen one.
       prompt_logprobs: the same for every prompt token but the first.
       detokenize: produce text; off, only token ids come back (and `stop` is refused).
       skip_special_tokens, spaces_between_special_tokens: how text is made from tokens.
-      logit_bias: token id -> value in [-100, 100] added to its logit; at most 300 entries.
+      logit_bias: token id (or its decimal digits, as JSON has it) -> value in [-100, 100] added to its logit;
+        at most 300 entries.
       allowed_token_ids: only these tokens can be generated.
 
     Raises:
@@ -64,8 +70,86 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
 
-    def __post_init__(self):
-        """Normalise, then check every range."""
+    def __post_init__(self) -> None:
+        self._normalise()
+        if self.greedy:
+            for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+                self._set(name, off)
+        self._check_combinations()
+
+    def _normalise(self) -> None:
+        self._set("n", _integer("n", self.n, 1))
+        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
+        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
+        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1e-20, 1e20))
+        self._set("temperature", _number("temperature", self.temperature, 0, 2))
+        self._set("top_p", _number("top_p", self.top_p, 0, 1, above_low=True))
+        self._set("top_k", max(_integer("top_k", self.top_k, -1), 0))
+        self._set("min_p", _number("min_p", self.min_p, 0, 1))
+        if self.seed is not None:
+            seed = _integer("seed", self.seed, -(2**63), 2**64 - 1)
+            self._set("seed", None if seed == -1 else seed)
+        self._set("stop", _stop_strings(self.stop))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.max_tokens is not None:
+            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1))
+        self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), -1))
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize"):
+            _check_bool(name, getattr(self, name))
+        for name in ("skip_special_tokens", "spaces_between_special_tokens"):
+            _check_bool(name, getattr(self, name))
+        self._set("logit_bias", _logit_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+
+    def _check_combinations(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse("min_tokens", f"is {self.min_tokens}: it must not exceed max_tokens, which is {self.max_tokens}")
+        if self.stop and not self.detokenize:
+            _refuse("stop", "needs text to look for strings in: set detokenize=True, or use stop_token_ids")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            _refuse("allowed_token_ids", "is empty, which allows no token: give at least one, or None for all")
+        self._check_something_is_allowed(self.stop_token_ids or ())
+
+    def _check_something_is_allowed(self, stop_token_ids: Collection[int]) -> None:
+        if self.min_tokens and self.allowed_token_ids and set(self.allowed_token_ids) <= set(stop_token_ids):
+            _refuse(
+                "allowed_token_ids",
+                "has only tokens that end the generation, but min_tokens forbids those at first: allow another token",
+            )
+
+    def validate_for(
+        self,
+        vocab_size: int,
+        max_logprobs: int,
+        max_model_len: int | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
+        """Checks what only the engine can know.
+
+        Args:
+          vocab_size: token ids are below it.
+          max_logprobs: most that `logprobs` and `prompt_logprobs` may ask for.
+          max_model_len: longest prompt and output together, in tokens.
+          stop_token_ids: all that end this request, the model's end-of-sequence tokens among them.
+
+        Raises:
+          InvalidRequestError: a token is not in the vocabulary, or a limit of the engine is exceeded.
+        """
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                if token_id >= vocab_size:
+                    _refuse(name, f"has token id {token_id}, but the model's ids are 0 to {vocab_size - 1}")
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(self, name)
+            if asked is not None and asked > max_logprobs:
+                _refuse(name, f"is {asked}, but this engine allows at most {max_logprobs} (its option max_logprobs)")
+        if max_model_len is not None and self.min_tokens >= max_model_len:
+            _refuse("min_tokens", f"is {self.min_tokens}, but prompt and output have {max_model_len} tokens at most")
+        self._check_something_is_allowed(stop_token_ids)
 
     @property
     def greedy(self) -> bool:
@@ -73,6 +157,78 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop or ())
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _refuse(param: str, message: str) -> NoReturn:
+    raise InvalidRequestError(f"{param} {message}", param=param)
+
+
+def _number(param: str, value: Any, low: float, high: float, *, above_low: bool = False) -> float:
+    """A float in [low, high], or (low, high] with `above_low`."""
+    expected = f"in {'(' if above_low else '['}{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        _refuse(param, f"must be a number {expected}, not {repr(value)}")
+    if not low <= value <= high or (above_low and value == low):  # false for NaN
+        _refuse(param, f"must be {expected}, not {repr(value)}")
+    return float(value)
+
+
+def _integer(param: str, value: Any, low: int, high: int | None = None) -> int:
+    expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        _refuse(param, f"must be an integer {expected}, not {repr(value)}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        _refuse(param, f"must be {expected}, not {repr(value)}")
+    return number
+
+
+def _check_bool(param: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        _refuse(param, f"must be true or false, not {repr(value)}")
+
+
+def _token_ids(param: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        _refuse(param, f"must be a list of token ids, not {repr(value)}")
+    return tuple(_token_id(param, token_id) for token_id in value)
+
+
+def _token_id(param: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        _refuse(param, f"has {repr(value)}: token ids are integers from 0 up")
+    return int(value)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if isinstance(strings, bytes | Mapping) or not hasattr(strings, "__iter__"):
+        _refuse("stop", f"must be a string or a list of strings, not {repr(value)}")
+    strings = tuple(strings)
+    for string in strings:
+        if not isinstance(string, str):
+            _refuse("stop", f"has {repr(string)}: every stop must be a string (use stop_token_ids for token ids)")
+        if not string:
+            _refuse("stop", "has an empty string, which would end every text at once: remove it")
+    return strings
+
+
+def _logit_bias(value: Any) -> dict[int, float] | None:
+    if not value and (value is None or isinstance(value, Mapping)):
+        return None
+    if not isinstance(value, Mapping):
+        _refuse("logit_bias", f"must map token ids to numbers, not {repr(value)}")
+    if len(value) > MAX_LOGIT_BIAS:
+        _refuse("logit_bias", f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+    bias: dict[int, float] = {}
+    for key, number in value.items():
+        digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+        token_id = _token_id("logit_bias", int(key) if digits else key)
+        if token_id in bias:
+            _refuse("logit_bias", f"has token id {token_id} twice")
+        bias[token_id] = _number("logit_bias", number, -100, 100)
+    return bias
