@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from reprlib import repr
+from reprlib import repr as short
 from typing import Any, NoReturn
 
 from paged.errors import InvalidRequestError
@@ -170,48 +170,47 @@ def _refuse(param: str, message: str) -> NoReturn:
 def _number(param: str, value: Any, low: float, high: float, *, above_low: bool = False) -> float:
     """A float in [low, high], or (low, high] with `above_low`."""
     expected = f"in {'(' if above_low else '['}{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        _refuse(param, f"must be a number {expected}, not {repr(value)}")
-    if not low <= value <= high or (above_low and value == low):  # false for NaN
-        _refuse(param, f"must be {expected}, not {repr(value)}")
+    numeric = isinstance(value, Real) and not isinstance(value, bool)
+    if not numeric or not low <= value <= high or (above_low and value == low):  # NaN compares false
+        _refuse(param, f"must be a number {expected}, not {short(value)}")
     return float(value)
 
 
 def _integer(param: str, value: Any, low: int, high: int | None = None) -> int:
     expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        _refuse(param, f"must be an integer {expected}, not {repr(value)}")
+        _refuse(param, f"must be an integer {expected}, not {short(value)}")
     number = int(value)
     if number < low or (high is not None and number > high):
-        _refuse(param, f"must be {expected}, not {repr(value)}")
+        _refuse(param, f"must be {expected}, not {short(value)}")
     return number
 
 
 def _check_bool(param: str, value: Any) -> None:
     if not isinstance(value, bool):
-        _refuse(param, f"must be true or false, not {repr(value)}")
+        _refuse(param, f"must be true or false, not {short(value)}")
 
 
 def _token_ids(param: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        _refuse(param, f"must be a list of token ids, not {repr(value)}")
+        _refuse(param, f"must be a list of token ids, not {short(value)}")
     return tuple(_token_id(param, token_id) for token_id in value)
 
 
 def _token_id(param: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        _refuse(param, f"has {repr(value)}: token ids are integers from 0 up")
+        _refuse(param, f"has {short(value)}: token ids are integers from 0 up")
     return int(value)
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else value
     if isinstance(strings, bytes | Mapping) or not hasattr(strings, "__iter__"):
-        _refuse("stop", f"must be a string or a list of strings, not {repr(value)}")
+        _refuse("stop", f"must be a string or a list of strings, not {short(value)}")
     strings = tuple(strings)
     for string in strings:
         if not isinstance(string, str):
-            _refuse("stop", f"has {repr(string)}: every stop must be a string (use stop_token_ids for token ids)")
+            _refuse("stop", f"has {short(string)}: every stop must be a string (use stop_token_ids for token ids)")
         if not string:
             _refuse("stop", "has an empty string, which would end every text at once: remove it")
     return strings
@@ -221,7 +220,7 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
     if not value and (value is None or isinstance(value, Mapping)):
         return None
     if not isinstance(value, Mapping):
-        _refuse("logit_bias", f"must map token ids to numbers, not {repr(value)}")
+        _refuse("logit_bias", f"must map token ids to numbers, not {short(value)}")
     if len(value) > MAX_LOGIT_BIAS:
         _refuse("logit_bias", f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     bias: dict[int, float] = {}
