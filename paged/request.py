@@ -50,6 +50,12 @@ class Request:
     first_token_time: float | None = None
     last_token_time: float | None = None
 
+    # The scheduler's own notes.
+    queue_number: int = 0  # order of arrival, among requests of equal arrival_time
+    hash_root: bytes = b""  # what the first block's hash is chained to
+    num_registered_blocks: int = 0  # leading blocks of the table that the prefix index has been offered
+    num_lost_tokens: int = 0  # computed when it was last preempted
+
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
