@@ -36,6 +36,7 @@ class FinishedRequestStats:
     max_tokens: int | None
     finish_time: float
     metrics: RequestMetrics
+    index: int = 0  # which of the n completions
 
 
 class StatsListener(Protocol):
