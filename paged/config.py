@@ -91,7 +91,8 @@ class EngineConfig:
     def from_kwargs(cls, **kwargs: Any) -> "EngineConfig":
         """Sorts flat keywords, as LLM(...) takes them, into the groups; an unknown one is a TypeError."""
         groups: dict[str, Any] = {}
-        for name, group in (("model", ModelArgs), ("cache", CacheArgs), ("scheduler", SchedulerArgs), ("runner", RunnerArgs)):
+        types = {"model": ModelArgs, "cache": CacheArgs, "scheduler": SchedulerArgs, "runner": RunnerArgs}
+        for name, group in types.items():
             own = {f.name: kwargs.pop(f.name) for f in fields(group) if f.name in kwargs}
             groups[name] = group(**own)
         if kwargs:

@@ -20,6 +20,17 @@ TokenLogprobs = dict[int, Logprob]  # the chosen token first, then the most like
 
 
 @dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Seconds on time.monotonic()'s clock."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionDelta:
     """What one step added to one completion of a request. The concatenated `text` of a completion's deltas
     is its whole text; half characters and possible stop strings are held back until they are decided."""
@@ -34,17 +45,7 @@ class CompletionDelta:
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # on the delta that has the first token, index 0
     error: str | None = None  # set with finish_reason "error"
-
-
-@dataclass(frozen=True, slots=True)
-class RequestMetrics:
-    """Seconds on time.monotonic()'s clock."""
-
-    arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    last_token_time: float | None = None
-    num_preemptions: int = 0
+    metrics: RequestMetrics | None = None  # set with any finish_reason
 
 
 @dataclass(slots=True)

@@ -1,0 +1,245 @@
+"""Runs steps on the device: holds the weights and the device state, the compiled programs, and no policy."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import AttentionBatch
+from paged import sampler
+from paged.compiler import compile_all
+from paged.packing import StepShape, at_least, pack
+from paged.plan import StepPlan
+from paged.request import Request
+from paged.sampler import VARIANTS, SampleOutput, SlotState, Variant
+
+logger = logging.getLogger(__name__)
+ADMIT_ROWS = 8  # requests whose slots one call writes
+SCORE_ROWS = 64  # prompt positions whose logprobs one call computes
+
+
+class DeviceState(NamedTuple):
+    """Donated to every step and returned by it. `slots` below is max_num_seqs + 1: the last is scratch, which
+    padding reads and writes."""
+
+    caches: Any  # one per layer
+    block_tables: jax.Array  # int32[slots, P]
+    last_tokens: jax.Array  # int32[slots]
+    sampling: SlotState
+
+
+class StepOutput(NamedTuple):
+    sampled: SampleOutput  # rows in the order of plan.scheduled
+    hidden: jax.Array | None  # [T, E], of a "full" prompt step: what prompt logprobs are made from
+
+
+@dataclass(frozen=True)
+class RunnerShape:
+    """Every size that a compiled program depends on."""
+
+    num_blocks: int
+    block_size: int
+    blocks_per_seq: int
+    max_num_seqs: int
+    vocab_size: int
+    max_logprobs: int
+    decode_sizes: tuple[int, ...]  # buckets of S
+    prompt_sizes: tuple[int, ...]  # buckets of T
+    cache_dtype: Any
+
+    @property
+    def steps(self) -> list[StepShape]:
+        prompts = [StepShape(T, self.max_num_seqs, decode_only=False) for T in self.prompt_sizes]
+        return [StepShape(S, S, decode_only=True) for S in self.decode_sizes] + prompts
+
+
+class StepHandle(NamedTuple):
+    """A dispatched step, whose outputs are on their way to the host."""
+
+    plan: StepPlan
+    output: StepOutput
+    prompt_scores: list[tuple[Request, int, Any]]  # request, first target position, device arrays of SCORE_ROWS rows
+
+
+class Runner:
+    def __init__(self, model: nn.Module, params: Any, shape: RunnerShape):
+        self.model, self.params, self.shape = model, params, shape
+        self._steps: dict[tuple[StepShape, Variant], Any] = {}
+        self._score: dict[Any, Any] = {}
+        self._admit: Any = None
+        self._admit_full: Any = None
+        self.state: Any = None  # a DeviceState, once compiled
+
+    def state_shapes(self) -> DeviceState:
+        """A DeviceState of jax.ShapeDtypeStruct."""
+        s, slots = self.shape, self.shape.max_num_seqs + 1
+        tables: Any = jax.ShapeDtypeStruct((slots, s.blocks_per_seq), jnp.int32)
+        tokens: Any = jax.ShapeDtypeStruct((slots,), jnp.int32)
+        return DeviceState(
+            caches=self.model.cache_shapes(s.num_blocks, s.block_size, s.cache_dtype),
+            block_tables=tables,
+            last_tokens=tokens,
+            sampling=sampler.slot_state_shapes(slots, s.vocab_size),
+        )
+
+    def reset_state(self) -> None:
+        """Empty caches and slots: at start, and after a step that failed and took its donated buffers with it."""
+        self.state = None  # first let go of what is left of the old one
+        self.state = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype)), self.state_shapes())
+
+    # ---- programs -------------------------------------------------------------------------------------------
+
+    def lower_step(self, shape: StepShape, variant: Variant) -> jax.stages.Lowered:
+        step = partial(step_program, self.model, self.shape, shape, variant)
+        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
+        return jax.jit(step, donate_argnums=1).lower(_shapes(self.params), self.state_shapes(), packed)
+
+    def compile(self) -> None:
+        """Compiles everything that serving will ever call."""
+        state, s = self.state_shapes(), self.shape
+        steps = {(shape, v): partial(self.lower_step, shape, v) for shape in s.steps for v in VARIANTS}
+        self._steps = compile_all(steps, "step programs")
+        packed = jax.ShapeDtypeStruct((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), jnp.int32)
+        row = sampler.full_row_shapes(s.vocab_size)
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        admit = jax.jit(admit_program, donate_argnums=(0, 1)).lower
+        admit_full = jax.jit(sampler.write_full_slot, donate_argnums=0).lower
+        small: dict[Any, Any] = {
+            "admit": partial(admit, state.block_tables, state.sampling, packed),
+            "admit_full": partial(admit_full, state.sampling, slot, row),
+        }
+        small |= {T: partial(self._lower_score, T) for T in s.prompt_sizes}
+        self._score = compile_all(small, "small programs")
+        self._admit, self._admit_full = self._score.pop("admit"), self._score.pop("admit_full")
+        self.reset_state()
+
+    def memory_analysis(self) -> dict[tuple[StepShape, Variant], Any]:
+        return {key: program.memory_analysis() for key, program in self._steps.items()}
+
+    def _lower_score(self, T: int) -> jax.stages.Lowered:
+        hidden = jax.ShapeDtypeStruct((T, self.model.config.hidden_size), self.model.dtype)
+        rows = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32)
+        return jax.jit(partial(score_program, self.model, self.shape.max_logprobs)).lower(
+            _shapes(self.params), hidden, rows
+        )
+
+    # ---- serving --------------------------------------------------------------------------------------------
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Dispatches a step and the copies of its outputs; returns without waiting for either."""
+        self._write_slots(plan.admitted)
+        shape = self._bucket(plan)
+        variant = _widest(sampler.variant_of(s.request.sampling_params) for s in plan.scheduled)
+        packed = jax.device_put(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
+        self.state, output = self._steps[shape, variant](self.params, self.state, packed)
+        scores = [] if output.hidden is None else list(self._score_prompts(plan, output.hidden))
+        for array in jax.tree.leaves((output.sampled, [arrays for _, _, arrays in scores])):
+            array.copy_to_host_async()
+        return StepHandle(plan, StepOutput(output.sampled, None), scores)
+
+    def _bucket(self, plan: StepPlan) -> StepShape:
+        if not plan.prefills:
+            S = at_least(self.shape.decode_sizes, len(plan.decodes))
+            return StepShape(S, S, decode_only=True)
+        T = at_least(self.shape.prompt_sizes, plan.num_tokens)
+        return StepShape(T, self.shape.max_num_seqs, decode_only=False)
+
+    def _write_slots(self, admitted: list[Request]) -> None:
+        s = self.shape
+        for first in range(0, len(admitted), ADMIT_ROWS):
+            packed = np.zeros((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), np.int32)
+            packed[:, 0] = s.max_num_seqs
+            for row, request in zip(packed, admitted[first : first + ADMIT_ROWS], strict=False):
+                row[: sampler.PACKED_WIDTH] = sampler.pack_scalars(
+                    request.slot, request.sampling_params, request.seed, request.num_prompt_tokens
+                )
+                row[sampler.PACKED_WIDTH :][: len(request.block_table)] = request.block_table
+            tables, sampling = self._admit(self.state.block_tables, self.state.sampling, jax.device_put(packed))
+            self.state = self.state._replace(block_tables=tables, sampling=sampling)
+        for request in admitted:
+            if sampler.needs_full_row(request.sampling_params):
+                arrays = sampler.full_row(
+                    request.sampling_params,
+                    request.prompt_token_ids,
+                    request.output_token_ids,
+                    request.stop_token_ids,
+                    s.vocab_size,
+                )
+                slot = jax.device_put(np.int32(request.slot))
+                sampling = self._admit_full(self.state.sampling, slot, jax.device_put(arrays))
+                self.state = self.state._replace(sampling=sampling)
+
+    def _score_prompts(self, plan: StepPlan, hidden: jax.Array):
+        """Logprobs of the prompt tokens that follow this step's, for the requests that ask for them."""
+        score = self._score[hidden.shape[0]]
+        row = len(plan.decodes)
+        for chunk in plan.prefills:
+            request, first = chunk.request, chunk.start + 1
+            stop = min(first + chunk.num_tokens, request.num_prompt_tokens)
+            if request.sampling_params.prompt_logprobs is not None:
+                for start in range(first, stop, SCORE_ROWS):
+                    count = min(SCORE_ROWS, stop - start)
+                    rows = np.zeros((2, SCORE_ROWS), np.int32)
+                    rows[0, :count] = np.arange(count) + row + start - first
+                    rows[1, :count] = request.prompt_token_ids[start : start + count]
+                    yield request, start, score(self.params, hidden, jax.device_put(rows))
+            row += chunk.num_tokens
+
+
+def step_program(
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, variant: Variant, params, state: DeviceState, packed
+) -> tuple[DeviceState, StepOutput]:
+    """Forward and sampling of one step, one program. packed: int32[shape.packed_size]."""
+    inputs = shape.split(packed)
+    kv_lens, scratch = inputs.kv_lens, sizes.max_num_seqs
+    grows = inputs.new_blocks > 0
+    block_tables = state.block_tables.at[
+        jnp.where(grows, inputs.slots, scratch), jnp.where(grows, (kv_lens - 1) // sizes.block_size, 0)
+    ].set(inputs.new_blocks)
+    rows = jnp.arange(shape.T)
+    if shape.decode_only:
+        tokens, positions = state.last_tokens[inputs.slots], jnp.maximum(kv_lens - 1, 0)
+    else:
+        seq = jnp.minimum(jnp.searchsorted(inputs.cu_q_lens[1:], rows, side="right"), shape.S - 1)
+        positions = jnp.maximum(kv_lens[seq] - inputs.cu_q_lens[seq + 1] + rows, 0)
+        tokens = jnp.where(inputs.tokens < 0, state.last_tokens[inputs.slots[seq]], inputs.tokens)
+    batch = AttentionBatch(
+        kv_lens, block_tables[inputs.slots], inputs.cu_q_lens, inputs.num_seqs, decode_only=shape.decode_only
+    )
+    hidden, caches = model.apply(params, tokens, positions, state.caches, batch)
+    last = hidden if shape.decode_only else hidden[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
+    logits = model.apply(params, last, method="logits")
+    sampled = sampler.sample(logits, state.sampling, inputs.slots, kv_lens, variant, sizes.max_logprobs)
+    samples = inputs.samples > 0
+    last_tokens = state.last_tokens.at[jnp.where(samples, inputs.slots, scratch)].set(sampled.tokens)
+    sampling = state.sampling
+    if variant == "full":
+        sampling = sampler.count_tokens(sampling, inputs.slots, sampled.tokens, samples)
+    keeps_hidden = variant == "full" and not shape.decode_only
+    state = DeviceState(caches, block_tables, last_tokens, sampling)
+    return state, StepOutput(sampled, hidden if keeps_hidden else None)
+
+
+def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Array) -> tuple[jax.Array, SlotState]:
+    """Writes the rows of newly admitted requests. packed: int32[A, PACKED_WIDTH + P], slot first."""
+    scalars, tables = packed[:, : sampler.PACKED_WIDTH], packed[:, sampler.PACKED_WIDTH :]
+    return block_tables.at[packed[:, 0]].set(tables), sampler.write_slots(sampling, scalars)
+
+
+def score_program(model: nn.Module, max_logprobs: int, params, hidden: jax.Array, rows: jax.Array) -> SampleOutput:
+    """hidden [T, E]; rows int32[2, R]: row of hidden, and the token that follows it."""
+    logits = model.apply(params, hidden[rows[0]], method="logits")
+    return sampler.prompt_logprobs(logits, rows[1], max_logprobs)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _widest(variants) -> Variant:
+    return max(variants, key=VARIANTS.index)

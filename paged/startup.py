@@ -1,0 +1,131 @@
+"""From a configuration to an engine that is ready to serve: weights, sizes, pool, programs, in this order."""
+
+import logging
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import attention_backend
+from models import Checkpoint, build_model, open_checkpoint
+from paged.compiler import enable_persistent_cache
+from paged.config import EngineConfig
+from paged.errors import InvalidRequestError
+from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
+from paged.packing import buckets
+from paged.runner import Runner, RunnerShape
+from paged.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    checkpoint: Checkpoint
+    runner: Runner
+    scheduler: Scheduler
+    max_model_len: int
+    ledger: MemoryLedger
+
+
+def build(config: EngineConfig) -> Parts:
+    """Loads, sizes and compiles.
+
+    Raises:
+      InvalidRequestError: an option does not fit the model or the machine; `param` names it.
+    """
+    begin = time.monotonic()
+    args = config.model
+    reserve_device_memory(config.cache.gpu_memory_utilization)
+    enable_persistent_cache(config.runner.compilation_cache_dir)
+    checkpoint = open_checkpoint(
+        args.model,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        load_format=args.load_format,
+        skip_tokenizer=args.skip_tokenizer_init,
+    )
+    backend = attention_backend(config.runner.attention_backend)
+    dtype = compute_dtype(args.dtype)
+    model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend)
+    params = checkpoint.load_params(model, dtype, seed=args.seed)
+    loaded = time.monotonic()
+    shape = runner_shape(config, checkpoint, dtype)
+    num_blocks = size_pool(model, params, shape, config.cache)
+    shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
+    runner = Runner(model, params, shape)
+    runner.compile()
+    memory = ledger(runner, config.cache)
+    logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)
+    logger.info("memory: %s", memory)
+    logger.info("ready in %.1f s, %.1f of them for the weights", time.monotonic() - begin, loaded - begin)
+    return Parts(checkpoint, runner, make_scheduler(config, shape), max_model_len, memory)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    if name != "auto":
+        return jnp.dtype(name)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype) -> RunnerShape:
+    """Every size but the pool's. What the options leave open depends on the kind of machine."""
+    on_cpu = jax.default_backend() == "cpu"
+    scheduler, context = config.scheduler, checkpoint.config.max_position_embeddings
+    max_model_len = config.model.max_model_len or context
+    if max_model_len > context:
+        raise InvalidRequestError(f"max_model_len {max_model_len:,} exceeds the model's {context:,}", "max_model_len")
+    max_num_seqs = scheduler.max_num_seqs or (16 if on_cpu else 256)
+    max_tokens = scheduler.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 8192)
+    if max_tokens < max_num_seqs:
+        raise InvalidRequestError(
+            f"max_num_batched_tokens {max_tokens:,} must not be below max_num_seqs {max_num_seqs:,}: every running "
+            "sequence needs a token in each step",
+            param="max_num_batched_tokens",
+        )
+    kv_cache_dtype = config.cache.kv_cache_dtype
+    return RunnerShape(
+        num_blocks=0,
+        block_size=config.cache.block_size,
+        blocks_per_seq=-(-max_model_len // config.cache.block_size),
+        max_num_seqs=max_num_seqs,
+        vocab_size=checkpoint.config.vocab_size,
+        max_logprobs=scheduler.max_logprobs,
+        decode_sizes=buckets(1, max_num_seqs),
+        prompt_sizes=buckets(32 if on_cpu else 256, max_tokens, growth=4 if on_cpu else 2),
+        cache_dtype=dtype if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype),
+    )
+
+
+def fit_context(
+    config: EngineConfig, checkpoint: Checkpoint, shape: RunnerShape, num_blocks: int
+) -> tuple[RunnerShape, int]:
+    """The final shape, and the context length that the pool can hold. A context nobody asked for shrinks to fit."""
+    asked = config.model.max_model_len
+    max_model_len = asked or checkpoint.config.max_position_embeddings
+    room = (num_blocks - 1) * shape.block_size
+    if room < max_model_len:
+        if asked or num_blocks < 2:
+            raise InvalidRequestError(
+                f"the KV cache has room for {max(0, room):,} tokens, and max_model_len is {max_model_len:,}: lower "
+                "max_model_len or max_num_batched_tokens, or raise gpu_memory_utilization or kv_cache_memory_bytes",
+                param="max_model_len",
+            )
+        logger.warning("the context is cut from %s to %s tokens, which is what the KV cache holds", max_model_len, room)
+        max_model_len = room
+    blocks_per_seq = -(-max_model_len // shape.block_size)
+    return replace(shape, num_blocks=num_blocks, blocks_per_seq=blocks_per_seq), max_model_len
+
+
+def make_scheduler(config: EngineConfig, shape: RunnerShape) -> Scheduler:
+    return Scheduler(
+        num_blocks=shape.num_blocks,
+        block_size=shape.block_size,
+        max_num_seqs=shape.max_num_seqs,
+        max_num_batched_tokens=shape.prompt_sizes[-1],
+        max_num_queued_requests=config.scheduler.max_num_queued_requests,
+        max_num_queued_tokens=config.scheduler.max_num_queued_tokens,
+        policy=config.scheduler.scheduling_policy,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
