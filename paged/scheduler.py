@@ -3,7 +3,6 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 from paged.block_pool import BlockPool, chain_hashes, root_hash
@@ -12,18 +11,9 @@ from paged.outputs import FinishReason
 from paged.plan import ScheduledRequest, StepPlan
 from paged.request import Request, RequestStatus
 from paged.request_queue import FirstComeQueue, PriorityQueue, RequestQueue, service_key
+from paged.stats import StepStats
 
 KV_CACHE_FULL = "kv_cache_full"  # stop_reason of a request that ended with "length" because it fills the whole cache
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """What happened since they were last taken; names as in StepStats, tokens and requests."""
-
-    num_preemptions: int = 0
-    num_recomputed_tokens: int = 0
-    prefix_cache_queries: int = 0  # tokens of requests at their first admission
-    prefix_cache_hits: int = 0
 
 
 class Scheduler:
@@ -74,7 +64,8 @@ class Scheduler:
         self._free_slots = list(reversed(range(max_num_seqs)))
         self._num_added = 0
         self._finish_times: deque[float] = deque(maxlen=64)
-        self._counters = SchedulerCounters()
+        self._counters = StepStats()
+        self.ended_early = False  # set when siblings end with their leader; the caller clears it
 
     @property
     def num_running(self) -> int:
@@ -98,10 +89,13 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self._running or self._held_siblings or len(self._waiting))
 
-    def take_counters(self) -> SchedulerCounters:
-        """The counts since the last call."""
-        counters, self._counters = self._counters, SchedulerCounters()
-        return counters
+    def take_counters(self, stats: StepStats) -> None:
+        """Adds what was counted since the last call: preemptions, recomputed tokens, prefix cache queries and hits."""
+        counters, self._counters = self._counters, StepStats()
+        stats.num_preemptions += counters.num_preemptions
+        stats.num_recomputed_tokens += counters.num_recomputed_tokens
+        stats.prefix_cache_queries += counters.prefix_cache_queries
+        stats.prefix_cache_hits += counters.prefix_cache_hits
 
     # Arrival.
 
@@ -264,7 +258,10 @@ class Scheduler:
     def _allocate_table(self, request: Request) -> bool:
         """Blocks for all known tokens, the longest cached prefix first; at least one token is left to compute."""
         known = request.num_known_tokens
-        hits = self.pool.lookup(self._hashes(request, (known - 1) // self.block_size))
+        most = known - 1
+        if request.sampling_params.prompt_logprobs is not None:  # come from computing: they need what is not done yet
+            most = min(most, request.num_lost_tokens)
+        hits = self.pool.lookup(self._hashes(request, most // self.block_size))
         table = self.pool.take(hits, -(-known // self.block_size) - len(hits))
         if table is None:
             return False
@@ -317,8 +314,10 @@ class Scheduler:
                 self.pool.register(block, block_hash)
             request.num_registered_blocks = full
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets everything cached, as after new weights: running requests are preempted and computed again."""
+    def forget_computed(self) -> None:
+        """Forgets all that is in the cache, as when it was lost or the weights are new: running requests are preempted,
+        to be computed again. Tokens in flight must still be delivered, or their requests finished.
+        """
         for request in reversed(list(self._running)):
             self._preempt(request)
         self.pool.reset_prefix_cache()
@@ -376,6 +375,7 @@ class Scheduler:
         for sibling in request.siblings:
             if sibling in self._held_siblings:
                 self.finish(sibling, reason, stop_reason)
+                self.ended_early = True
 
     def _vacate(self, request: Request) -> None:
         del self._running[request]
