@@ -1,0 +1,147 @@
+"""The layers that every family is made of. Arrays: T tokens, E hidden width, H heads, D head size."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from models.config import ModelConfig, RopeScaling
+
+Dtype = jnp.dtype | type
+
+
+class Linear(nn.Module):
+    """x [T, in] -> [T, out]. The kernel is [out, in], as checkpoints store it: fusing projections is concatenating them.
+
+    `out_dtype` None is the compute dtype. How weights are stored is nobody else's business.
+    """
+
+    features: int
+    dtype: Dtype
+    use_bias: bool = False
+    out_dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), self.dtype)
+        y = project(x, kernel, self.out_dtype or self.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table [V, E]: a row for each token id, and, where the model ties them, the output head."""
+
+    vocab_size: int
+    features: int
+    dtype: Dtype
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(1.0)
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.features), self.dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32[T] -> [T, E]. Ids are validated before they reach the device."""
+        return self.embedding[tokens]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> float32[R, V]."""
+        return project(hidden, self.embedding, jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
+    """Keeps the variance of what passes through: the fan-in is the last axis."""
+    return nn.initializers.normal(1 / math.sqrt(shape[-1]))(key, shape, dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, out_dtype: Dtype) -> jax.Array:
+    """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are not rounded on any machine."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        contract_last = (((1,), (1,)), ((), ()))
+        return lax.dot_general(lhs, rhs, contract_last, precision=precision, preferred_element_type=out_dtype)
+
+    def kernel_first(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """XLA:CPU repacks a dot's right side on every call, which must therefore be the small one; the barrier keeps
+        the compiler from swapping them back. And its bfloat16 product with a single row is 5 times slower than with two."""
+        rows = x.shape[0]
+        if rows == 1 and x.dtype == jnp.bfloat16:
+            x = jnp.pad(x, ((0, 1), (0, 0)))
+        return lax.optimization_barrier(dot(kernel, x)).T[:rows]
+
+    return lax.platform_dependent(x, kernel, cpu=kernel_first, default=dot)
+
+
+def rotary_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """int32[T] -> cos and sin, float32[T, 1, D / 2], of the rotary embedding (arXiv 2104.09864)."""
+    frequencies, magnitude = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def apply_rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates x [T, H, D] in pairs (i, i + D / 2), in float32."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+    """float32[D / 2] in radians a token, and what cos and sin are multiplied by."""
+    frequencies = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    magnitude = 1.0
+    if scaling is not None:
+        match scaling.kind:
+            case "linear":
+                frequencies = frequencies / scaling.factor
+            case "factors":
+                frequencies = frequencies / np.asarray(scaling.factors)
+            case "llama3":
+                frequencies = _llama3_frequencies(frequencies, scaling)
+            case "yarn":
+                frequencies = _yarn_frequencies(frequencies, head_dim, theta, scaling)
+                magnitude = scaling.attention_factor or (
+                    1.0 if scaling.factor <= 1 else 0.1 * math.log(scaling.factor) + 1
+                )
+    return frequencies.astype(np.float32), magnitude
+
+
+def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Long wavelengths are stretched by the factor, short ones kept, those between interpolated."""
+    turns = scaling.original_context * frequencies / (2 * math.pi)  # over the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn_frequencies(frequencies: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): as llama3's, but interpolated over dimensions between two numbers of rotations."""
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    kept = 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -1,0 +1,160 @@
+"""The Llama family of decoders: Llama 2 and 3, SmolLM2, Mistral, Qwen 2 and 3 (dense).
+
+What differs between them (biases, q/k norm, sliding windows, rotary scaling, tied head) is in ModelConfig. Letters: T tokens,
+E hidden width, H query heads, K key/value heads, D head size, F feed-forward width, V vocabulary, R rows to sample from.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from models.config import ModelConfig
+from models.layers import Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+
+Cache = Any
+Rotary = tuple[jax.Array, jax.Array]
+Path = tuple[str, ...]
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    window: int | None
+    dtype: Dtype
+    attention_backend: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+        c = self.config
+        H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
+        qkv = Linear((H + 2 * K) * D, self.dtype, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
+        q, k, v = jnp.split(qkv, [H, H + K], axis=1)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        out, cache = ragged_paged_attention(
+            q, k, v, cache, batch, scale=D**-0.5, window=self.window, backend=self.attention_backend
+        )
+        return Linear(c.hidden_size, self.dtype, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    config: ModelConfig
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate_up = Linear(2 * self.config.intermediate_size, self.dtype, name="gate_up")(x)
+        gate, up = jnp.split(gate_up, 2, axis=-1)
+        return Linear(self.config.hidden_size, self.dtype, name="down")(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    config: ModelConfig
+    window: int | None
+    dtype: Dtype
+    attention_backend: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+        c = self.config
+        attention = Attention(c, self.window, self.dtype, self.attention_backend, name="attention")
+        y, cache = attention(RMSNorm(c.rms_norm_eps, self.dtype, name="attention_norm")(x), rotary, cache, batch)
+        x = x + y
+        y = FeedForward(c, self.dtype, name="mlp")(RMSNorm(c.rms_norm_eps, self.dtype, name="mlp_norm")(x))
+        return x + y, cache
+
+
+class Llama(nn.Module):
+    """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`.
+
+    Attributes:
+      dtype: of weights and activations; norms, rotary embedding, softmax and logits are float32 in any case.
+      attention_backend: a resolved name of kernels_pallas.attention_backend.
+    """
+
+    config: ModelConfig
+    dtype: Dtype
+    attention_backend: str
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        # Under nn.jit layers that differ in nothing but their weights are traced and lowered once.
+        layer = nn.jit(DecoderLayer)
+        self.layers = [layer(c, window, self.dtype, self.attention_backend) for window in c.sliding_windows]
+        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        if not c.tie_word_embeddings:
+            self.head = Linear(c.vocab_size, self.dtype, out_dtype=jnp.float32)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
+        """Runs one step.
+
+        Args:
+          tokens, positions: int32[T], flat over the batch's sequences.
+          caches: one layer's cache each, of `cache_shapes`; the step's keys and values are written to them.
+
+        Returns:
+          hidden states [T, E] after the final norm, and the caches.
+        """
+        x = self.embed(tokens)
+        rotary = rotary_tables(positions, self.config)
+        written = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, rotary, cache, batch)
+            written.append(cache)
+        hidden = self.norm(x)
+        if self.is_initializing():
+            self.logits(hidden)
+        return hidden, tuple(written)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> float32[R, V]."""
+        return self.embed.logits(hidden) if self.config.tie_word_embeddings else self.head(hidden)
+
+    def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
+        """One pytree of jax.ShapeDtypeStruct a layer."""
+        c = self.config
+        shape = cache_shape(num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.attention_backend)
+        return (shape,) * c.num_layers
+
+
+def tensor_names(config: ModelConfig) -> dict[Path, tuple[str, ...]]:
+    """For each parameter's path, the checkpoint's tensors (Hugging Face names) it is made of, joined along axis 0."""
+    names: dict[Path, tuple[str, ...]] = {
+        ("embed", "embedding"): ("model.embed_tokens.weight",),
+        ("norm", "scale"): ("model.norm.weight",),
+    }
+    if not config.tie_word_embeddings:
+        names["head", "kernel"] = ("lm_head.weight",)
+    for layer in range(config.num_layers):
+        for path, tensors in _layer_tensor_names(config).items():
+            names[(f"layers_{layer}", *path)] = tuple(f"model.layers.{layer}.{name}" for name in tensors)
+    return names
+
+
+def _layer_tensor_names(config: ModelConfig) -> dict[Path, tuple[str, ...]]:
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    names: dict[Path, tuple[str, ...]] = {
+        ("attention_norm", "scale"): ("input_layernorm.weight",),
+        ("attention", "qkv", "kernel"): tuple(f"{name}.weight" for name in qkv),
+        ("attention", "out", "kernel"): ("self_attn.o_proj.weight",),
+        ("mlp_norm", "scale"): ("post_attention_layernorm.weight",),
+        ("mlp", "gate_up", "kernel"): ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("mlp", "down", "kernel"): ("mlp.down_proj.weight",),
+    }
+    if config.qkv_bias:
+        names["attention", "qkv", "bias"] = tuple(f"{name}.bias" for name in qkv)
+    if config.out_bias:
+        names["attention", "out", "bias"] = ("self_attn.o_proj.bias",)
+    if config.qk_norm:
+        names["attention", "q_norm", "scale"] = ("self_attn.q_norm.weight",)
+        names["attention", "k_norm", "scale"] = ("self_attn.k_norm.weight",)
+    return names

@@ -1,0 +1,51 @@
+"""Which module implements which architecture. A new family is a new file and its lines here."""
+
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import AttentionBatch, attention_backend as resolve_backend
+from models import llama
+from models.config import ModelConfig
+from models.layers import Dtype
+
+Params = dict[str, Any]
+
+# Architecture -> (the file, the module's name in it). A file also gives `tensor_names(config)` for checkpoints.
+_FAMILIES: dict[str, tuple[ModuleType, type[nn.Module]]] = {
+    "LlamaForCausalLM": (llama, llama.Llama),
+    "MistralForCausalLM": (llama, llama.Llama),
+    "Qwen2ForCausalLM": (llama, llama.Llama),
+    "Qwen3ForCausalLM": (llama, llama.Llama),
+}
+
+
+def build_model(config: ModelConfig, *, dtype: Dtype, attention_backend: str = "auto") -> nn.Module:
+    """The Flax module of `config`, in `dtype` float32 or bfloat16.
+
+    Raises:
+      ValueError: there is no such attention backend, or the dtype is another one.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
+    module = _FAMILIES[config.architecture][1]
+    return module(config, dtype, resolve_backend(attention_backend))
+
+
+def tensor_names(config: ModelConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Parameter path -> the checkpoint's tensors it is made of, joined along axis 0."""
+    return _FAMILIES[config.architecture][0].tensor_names(config)
+
+
+def param_shapes(model: nn.Module) -> Params:
+    """The pytree of jax.ShapeDtypeStruct that `model.apply` takes as its parameters. Nothing is computed."""
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    two = jax.ShapeDtypeStruct((2,), jnp.int32)
+    table = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    batch = AttentionBatch(kv_lens=one, block_tables=table, cu_q_lens=two, num_seqs=two, decode_only=True)  # type: ignore[arg-type]
+    caches = model.cache_shapes(2, 16, model.dtype)
+    return jax.eval_shape(model.init, jax.random.key(0), one, one, caches, batch)
