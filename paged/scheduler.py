@@ -68,6 +68,11 @@ class Scheduler:
         self.ended_early = False  # set when siblings end with their leader; the caller clears it
 
     @property
+    def running(self) -> tuple[Request, ...]:
+        """Those that hold a slot and blocks, in order of admission: to look at, not to change."""
+        return tuple(self._running)
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
