@@ -91,7 +91,7 @@ class ModelConfig:
             raise ValueError(f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}")
         if len(self.sliding_windows) != self.num_layers:
             raise ValueError(
-                f"model config: {self.num_layers} layers need a sliding window (or None) each, not {len(self.sliding_windows)}"
+                f"model config: {len(self.sliding_windows)} sliding windows for {self.num_layers} layers; need one each"
             )
         if any(w is not None and w < 1 for w in self.sliding_windows):
             raise ValueError(f"model config: sliding windows must be at least 1, not {self.sliding_windows}")

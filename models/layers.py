@@ -14,7 +14,7 @@ Dtype = jnp.dtype | type
 
 
 class Linear(nn.Module):
-    """x [T, in] -> [T, out]. The kernel is [out, in], as checkpoints store it: fusing projections is concatenating them.
+    """x [T, in] -> [T, out]. The kernel is [out, in], as checkpoints have it: fusing projections is concatenating.
 
     `out_dtype` None is the compute dtype. How weights are stored is nobody else's business.
     """
@@ -73,7 +73,7 @@ def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Ar
 
 
 def project(x: jax.Array, kernel: jax.Array, out_dtype: Dtype) -> jax.Array:
-    """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are not rounded on any machine."""
+    """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are rounded nowhere."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -81,8 +81,8 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: Dtype) -> jax.Array:
         return lax.dot_general(lhs, rhs, contract_last, precision=precision, preferred_element_type=out_dtype)
 
     def kernel_first(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """XLA:CPU repacks a dot's right side on every call, which must therefore be the small one; the barrier keeps
-        the compiler from swapping them back. And its bfloat16 product with a single row is 5 times slower than with two."""
+        """XLA:CPU repacks a dot's right side on every call: let it be the small one, and the barrier keep the compiler
+        from swapping them back. A bfloat16 product with one row takes it 5 times as long as with two."""
         rows = x.shape[0]
         if rows == 1 and x.dtype == jnp.bfloat16:
             x = jnp.pad(x, ((0, 1), (0, 0)))

@@ -1,7 +1,7 @@
 """The Llama family of decoders: Llama 2 and 3, SmolLM2, Mistral, Qwen 2 and 3 (dense).
 
-What differs between them (biases, q/k norm, sliding windows, rotary scaling, tied head) is in ModelConfig. Letters: T tokens,
-E hidden width, H query heads, K key/value heads, D head size, F feed-forward width, V vocabulary, R rows to sample from.
+What differs between them (biases, q/k norm, sliding windows, rotary scaling, tied head) is in ModelConfig. Letters: T
+tokens, E hidden width, H query heads, K key/value heads, D head size, V vocabulary, R rows to sample from.
 """
 
 from typing import Any

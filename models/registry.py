@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, attention_backend as resolve_backend
+from kernels_pallas import AttentionBatch
+from kernels_pallas import attention_backend as resolve_backend
 from models import llama
 from models.config import ModelConfig
 from models.layers import Dtype
