@@ -66,7 +66,8 @@ class _Parser(HfArgumentParser):
         elif get_origin(kind) is Literal:
             kwargs |= {"choices": get_args(kind), "metavar": "NAME"}
         elif get_origin(kind) is tuple:
-            kwargs |= {"type": get_args(kind)[0], "nargs": "+", "action": _StoreTuple, "metavar": "TEXT"}
+            of = get_args(kind)[0]
+            kwargs |= {"type": of, "nargs": "+", "action": _StoreTuple, "metavar": METAVARS.get(of, "TEXT")}
         else:
             kwargs |= {"type": kind, "metavar": METAVARS.get(kind, "TEXT")}  # type: ignore[arg-type]
         if field.metadata.get("positional"):
@@ -106,6 +107,9 @@ class _HelpFormatter(argparse.HelpFormatter):
         if isinstance(action, argparse.BooleanOptionalAction):
             return f"--[no-]{_flag(action.dest)[2:]}"
         return super()._format_action_invocation(action)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
 class _StoreTuple(argparse.Action):

@@ -42,10 +42,10 @@ class BatchArgs:
 
 def main(argv: list[str] | None = None) -> int:
     groups = (BatchArgs, ModelArgs, CacheArgs, SchedulerArgs, RunnerArgs)
-    args, *engine_args = parse_args("python -m scripts.batch", DESCRIPTION, *groups, argv=argv)
+    args, model, cache, scheduler, runner = parse_args("python -m scripts.batch", DESCRIPTION, *groups, argv=argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return run(args, EngineConfig(*engine_args))
+        return run(args, EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner))
     except (RunError, InvalidRequestError, EngineStoppedError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from paged.outputs import CompletionDelta, CompletionOutput, TokenLogprobs
+from paged.outputs import CompletionDelta, CompletionOutput, Logprob, TokenLogprobs
 from scripts.batch.lines import CHAT, Job
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's API says this instead
@@ -137,12 +137,13 @@ def _choice(index: int, output: CompletionOutput, is_chat: bool, job: Job) -> di
 
 
 def _chat_logprob(candidates: TokenLogprobs, top: int) -> dict[str, Any]:
-    entries = [
-        (c.rank, {"token": c.decoded_token, "logprob": max(c.logprob, MIN_LOGPROB), "bytes": _bytes(c.decoded_token)})
-        for c in candidates.values()
-    ]
-    most_likely = sorted((e for e in entries if e[0] is not None and e[0] <= top), key=lambda e: e[0])
-    return entries[0][1] | {"top_logprobs": [entry for _, entry in most_likely[:top]]}
+    def entry(candidate: Logprob) -> dict[str, Any]:
+        text = candidate.decoded_token
+        return {"token": text, "logprob": max(candidate.logprob, MIN_LOGPROB), "bytes": _bytes(text)}
+
+    ranked = {c.rank: c for c in candidates.values() if c.rank is not None and c.rank <= top}
+    chosen = next(iter(candidates.values()))
+    return entry(chosen) | {"top_logprobs": [entry(ranked[rank]) for rank in sorted(ranked)]}
 
 
 def _completion_logprobs(tokens: list[TokenLogprobs], top: int) -> dict[str, Any]:
