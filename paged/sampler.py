@@ -302,21 +302,25 @@ def _draw(logits, row, positions, filtered: bool = False):
     x = logits / jnp.where(greedy, 1, row["temperature"])[:, None]
     noise = jnp.where(greedy[:, None], 0, _gumbel(row["seed_lo"], row["seed_hi"], positions, logits.shape[1]))
     if filtered:
-        x = jnp.where(x >= _threshold(x, row)[:, None], x, -jnp.inf)
+        x = jnp.where(x < _threshold(x, row)[:, None], -jnp.inf, x)
     return _argmax(x + noise)
 
 
 def _gumbel(seed_lo, seed_hi, positions, vocab_size):
-    """float32[S, V] of noise that depends on seed, position and token id alone.
-
-    -log(-log(1 - u)), so that the precision of u near 0 goes to the large values, which decide."""
+    """float32[S, V] of noise that depends on seed, position and token id alone."""
 
     def bits(lo, hi, position):
         key = jax.random.wrap_key_data(jnp.stack([hi, lo]), impl="threefry2x32")
         return jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32)
 
-    whole = (jax.vmap(bits)(seed_lo, seed_hi, positions) >> 1).astype(jnp.int32)
-    u = jnp.minimum((whole.astype(jnp.float32) + 0.5) * 2.0**-31, 1 - 2.0**-24)
+    return _gumbel_of(jax.vmap(bits)(seed_lo, seed_hi, positions))
+
+
+def _gumbel_of(bits):
+    """Random uint32 -> float32, finite for all: -log(-log(1 - u)), in which the precision of u near 0 goes to the
+    large values, which decide."""
+    whole = (bits >> 1).astype(jnp.int32).astype(jnp.float32)
+    u = jnp.minimum((whole + 0.5) * 2.0**-31, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-u))
 
 
