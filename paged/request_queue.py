@@ -1,73 +1,38 @@
 """Who waits, and who is next. A cancelled request leaves at once, wherever it stands."""
 
 import heapq
-from collections import OrderedDict
-from typing import Protocol
+from collections.abc import Callable
 
 from paged.request import Request
 
+Rank = tuple[int, float, int]
 
-def service_key(request: Request) -> tuple[int, float, int]:
-    """Smallest first: the order in which the priority policy serves requests."""
+
+def by_arrival(request: Request) -> Rank:
+    return 0, 0.0, request.queue_number
+
+
+def by_priority(request: Request) -> Rank:
     return request.priority, request.arrival_time, request.queue_number
 
 
-class RequestQueue(Protocol):
-    def push(self, request: Request) -> None: ...
-    def push_front(self, request: Request) -> None:
-        """Puts back a request whose turn had come already."""
+class RequestQueue:
+    """Smallest rank first; a rank is unique, and a request keeps it when it comes back after a preemption.
 
-    def peek(self) -> Request | None:
-        """The next request; None if the queue is empty."""
+    O(log n). A cancelled request's entry stays in the heap until it comes up or such entries are the greater part.
+    """
 
-    def pop(self) -> Request: ...
-    def discard(self, request: Request) -> bool:
-        """Takes the request out for good; False if it was not here."""
-
-    def __len__(self) -> int: ...
-
-
-class FirstComeQueue:
-    """First in, first out. All is O(1)."""
-
-    def __init__(self) -> None:
-        self._requests: OrderedDict[Request, None] = OrderedDict()
-
-    def push(self, request: Request) -> None:
-        self._requests[request] = None
-
-    def push_front(self, request: Request) -> None:
-        self._requests[request] = None
-        self._requests.move_to_end(request, last=False)
-
-    def peek(self) -> Request | None:
-        return next(iter(self._requests), None)
-
-    def pop(self) -> Request:
-        return self._requests.popitem(last=False)[0]
-
-    def discard(self, request: Request) -> bool:
-        return self._requests.pop(request, request) is None
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-
-class PriorityQueue:
-    """Smallest service_key first. O(log n); a cancelled request's entry stays in the heap until it comes up or
-    such entries are the greater part."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, float, int], Request]] = []
+    def __init__(self, rank: Callable[[Request], Rank]):
+        self._rank = rank
+        self._heap: list[tuple[Rank, Request]] = []
         self._members: set[Request] = set()
 
     def push(self, request: Request) -> None:
         self._members.add(request)
-        heapq.heappush(self._heap, (service_key(request), request))
-
-    push_front = push
+        heapq.heappush(self._heap, (self._rank(request), request))
 
     def peek(self) -> Request | None:
+        """The next request; None if the queue is empty."""
         while self._heap and self._heap[0][1] not in self._members:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
@@ -81,6 +46,7 @@ class PriorityQueue:
         return request
 
     def discard(self, request: Request) -> bool:
+        """Takes the request out for good (it may not be pushed again); False if it was not here."""
         if request not in self._members:
             return False
         self._members.remove(request)

@@ -10,7 +10,7 @@ from paged.errors import InvalidRequestError, QueueFullError
 from paged.outputs import FinishReason
 from paged.plan import ScheduledRequest, StepPlan
 from paged.request import Request, RequestStatus
-from paged.request_queue import FirstComeQueue, PriorityQueue, RequestQueue, service_key
+from paged.request_queue import RequestQueue, by_arrival, by_priority
 from paged.stats import StepStats
 
 KV_CACHE_FULL = "kv_cache_full"  # stop_reason of a request that ended with "length" because it fills the whole cache
@@ -27,11 +27,11 @@ class Scheduler:
     A running request is either prefilling (some of its known tokens are not computed) or decoding (one token a
     step, its input being the last token sampled on the device). It has its whole table for the known tokens from
     admission on, and grows it by a block at a time. If there is none, the request that is last in the running order
-    is preempted: it gives up everything but its tokens and goes back to the queue, to be computed again.
+    is preempted: it gives up everything but its tokens and goes back to its place in the queue, to be computed again.
     So the first in the running order always advances, and everyone's turn comes.
 
-    With policy "fcfs" the running order is that of admission and admission is that of arrival (siblings come right
-    after their leader); with "priority" both are by (priority, arrival_time).
+    With policy "fcfs" the queue is in order of arrival (siblings right after their leader) and the running order is
+    that of admission; with "priority" both are in order of (priority, arrival_time).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Scheduler:
         self._enable_prefix_caching = enable_prefix_caching
         self._clock = clock
         self._by_priority = policy == "priority"
-        self._waiting: RequestQueue = PriorityQueue() if self._by_priority else FirstComeQueue()
+        self._waiting = RequestQueue(by_priority if self._by_priority else by_arrival)
         self._held_siblings: set[Request] = set()  # of leaders whose prompt is not computed yet
         self._num_waiting_tokens = 0
         self._running: dict[Request, None] = {}  # in order of admission
@@ -176,7 +176,7 @@ class Scheduler:
         """
         order = list(self._running)
         if self._by_priority:
-            order.sort(key=service_key)
+            order.sort(key=by_priority)
         num_running = len(order)
         decodes = self._schedule_decodes(order)
         num_preempted = num_running - len(order)
@@ -187,7 +187,6 @@ class Scheduler:
         prefills += new_prefills
         for chunk in prefills:
             self._register_full_blocks(chunk.request)
-        for chunk in reversed(prefills):
             if chunk.samples and chunk.request.siblings:
                 self._release_siblings(chunk.request)
         if not decodes and not prefills:
@@ -232,7 +231,7 @@ class Scheduler:
         request.num_preemptions += 1
         self._counters.num_preemptions += 1
         self._num_waiting_tokens += request.num_prompt_tokens
-        self._waiting.push_front(request)
+        self._waiting.push(request)
 
     def _continue_prefills(self, order: list[Request], budget: int) -> list[ScheduledRequest]:
         chunks = []
@@ -291,12 +290,12 @@ class Scheduler:
         return ScheduledRequest(request, start, end - start, 0, end == known)
 
     def _release_siblings(self, leader: Request) -> None:
-        """They go to the front of the queue, to find their prompt's blocks in the index in the next schedule()."""
-        for sibling in reversed(leader.siblings):
+        """They stand in the queue as if they had come with it, and will find their prompt's blocks in the index."""
+        for sibling in leader.siblings:
             if sibling in self._held_siblings:
                 self._held_siblings.remove(sibling)
                 sibling.block_hashes = leader.block_hashes.copy()
-                self._waiting.push_front(sibling)
+                self._waiting.push(sibling)
 
     # The prefix index.
 
@@ -323,7 +322,7 @@ class Scheduler:
         """Forgets all that is in the cache, as when it was lost or the weights are new: running requests are preempted,
         to be computed again. Tokens in flight must still be delivered, or their requests finished.
         """
-        for request in reversed(list(self._running)):
+        for request in list(self._running):
             self._preempt(request)
         self.pool.reset_prefix_cache()
 

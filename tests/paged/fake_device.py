@@ -84,6 +84,7 @@ class FakeDevice:
     last_tokens: dict[int, int] = field(default_factory=dict)  # by slot
     truths: dict[Request, Truth] = field(default_factory=dict)
     furthest: dict[Request, int] = field(default_factory=dict)  # tokens once in the cache for a request
+    computed: dict[Request, set[int]] = field(default_factory=dict)  # positions
     num_recomputed: int = 0
 
     def expect(self, request: Request, owner: int) -> None:
@@ -106,6 +107,12 @@ class FakeDevice:
             self._check_prefix(item)
         return [sampled for item in plan.scheduled for sampled in self._compute(item)]
 
+    def spoil(self, request: Request) -> None:
+        """What a step that failed may do to the blocks that the request has for itself."""
+        for block in request.block_table:
+            if self.scheduler.pool.references(block) == 1:
+                self.cells.update({(block, offset): -1 for offset in range(self.scheduler.block_size)})
+
     def _cell(self, request: Request, position: int) -> tuple[int, int]:
         size = self.scheduler.block_size
         return self.tables[request.slot][position // size], position % size
@@ -126,6 +133,9 @@ class FakeDevice:
             assert block != 0
             assert self.scheduler.pool.references(block) == 1, "a shared block is written"
             self.cells[block, offset] = truth.state(position)
+        self.computed.setdefault(request, set()).update(range(item.start, end))
+        if item.samples and request.sampling_params.prompt_logprobs is not None:
+            assert self.computed[request].issuperset(range(request.num_prompt_tokens)), "logprobs are missing"
         furthest = self.furthest.get(request, 0)
         self.num_recomputed += max(0, min(end, furthest) - item.start)
         self.furthest[request] = max(furthest, end)
