@@ -1,0 +1,108 @@
+"""Fills a model's parameters: from a checkpoint's tensors, or at random. One leaf at a time, straight to the device."""
+
+import math
+from collections.abc import Collection
+from functools import partial
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+from models.layers import Dtype
+from models.registry import Params, param_shapes, tensor_names
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors by their Hugging Face names, read one at a time."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in whatever float dtype it is stored. Raises ValueError, naming it, if it cannot be read."""
+        ...
+
+
+def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progress: bool = True) -> Params:
+    """Reads every parameter of `model` from `source`, cast to `dtype`.
+
+    Host memory peaks at one fused parameter and one of its parts.
+
+    Raises:
+      ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
+    """
+    shapes = flatten_dict(param_shapes(model)["params"])
+    names = tensor_names(model.config)
+    _check_names(names, source, tied=model.config.tie_word_embeddings)
+    leaves = {}
+    total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        for path, shape in shapes.items():
+            host = _assemble(source, names[path], shape.shape, jnp.dtype(dtype))
+            leaves[path] = jax.block_until_ready(jax.device_put(host))
+            bar.update(host.nbytes)
+    return {"params": unflatten_dict(leaves)}
+
+
+def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:
+    """Random parameters, made on the device and scaled so that activations keep their variance."""
+    shapes = flatten_dict(param_shapes(model)["params"])
+    key = jax.random.key(seed)
+    leaves = {
+        path: _random_leaf(jax.random.fold_in(key, i), path[-1], shape.shape, jnp.dtype(dtype))
+        for i, (path, shape) in enumerate(shapes.items())
+    }
+    return {"params": unflatten_dict(leaves)}
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    if name == "scale":
+        return jnp.ones(shape, dtype)
+    if name == "bias":
+        return jnp.zeros(shape, dtype)
+    limit = math.sqrt(3 / shape[-1])  # of a uniform distribution with variance 1 / fan-in
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _assemble(source: TensorSource, names: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The tensors `names`, cast to `dtype` and joined along axis 0 into `shape`."""
+    joined = np.empty(shape, dtype)
+    start = 0
+    for name in names:
+        part = source.read(name)
+        stop = start + part.shape[0] if part.ndim else start
+        if part.shape[1:] != shape[1:] or part.ndim != len(shape) or stop > shape[0]:
+            raise ValueError(_wrong_shape(name, part.shape, names, shape))
+        joined[start:stop] = part
+        start = stop
+    if start != shape[0]:
+        raise ValueError(_wrong_shape(names[-1], part.shape, names, shape))
+    return joined
+
+
+def _wrong_shape(name: str, found: tuple[int, ...], names: tuple[str, ...], shape: tuple[int, ...]) -> str:
+    whole = "" if len(names) == 1 else f" (together: {', '.join(names)})"
+    return f"tensor {name} has shape {list(found)}, which does not fit the model's {list(shape)}{whole}"
+
+
+def _check_names(names: dict[Any, tuple[str, ...]], source: TensorSource, *, tied: bool) -> None:
+    needed = {name for parts in names.values() for name in parts}
+    missing = sorted(needed - set(source.names))
+    if missing:
+        raise ValueError(f"the checkpoint lacks {len(missing)} tensors that the model needs, such as {missing[0]}")
+    unused = sorted(
+        name
+        for name in set(source.names) - needed
+        if not name.endswith(IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight")
+    )
+    if unused:
+        raise ValueError(
+            f"the checkpoint has {len(unused)} tensors that its config does not mention, such as {unused[0]}"
+        )

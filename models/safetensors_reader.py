@@ -1,0 +1,79 @@
+"""Reads a directory's safetensors, one file or several with an index, one tensor at a time."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsSource:
+    """The tensors of a directory's *.safetensors. Files are opened, and so memory-mapped, when first read from.
+
+    Raises:
+      ValueError: there is no safetensors file, the index names one that is not there, or one is damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        self._file_of = self._from_index() if (directory / INDEX).exists() else self._from_files()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            return self._open(self._file_of[name]).get_tensor(name)
+        except (SafetensorError, TypeError, OSError) as error:
+            raise ValueError(f"cannot read tensor {name} of {self.directory / self._file_of[name]}: {error}") from error
+
+    def _from_index(self) -> dict[str, str]:
+        weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
+        for tensor, file in weight_map.items():
+            if not (self.directory / file).exists():
+                raise ValueError(
+                    f"{self.directory / file}, which has tensor {tensor}, is missing: download the model again"
+                )
+        return weight_map
+
+    def _from_files(self) -> dict[str, str]:
+        files = sorted(self.directory.glob("*.safetensors"))
+        preferred = [f for f in files if f.name == "model.safetensors"] or files
+        if not preferred:
+            raise ValueError(f"{self.directory} has no *.safetensors file")
+        if len(preferred) > 1:
+            raise ValueError(
+                f"{self.directory} has {len(files)} safetensors files but no {INDEX} that says what is where"
+            )
+        return dict.fromkeys(self._open(preferred[0].name).keys(), preferred[0].name)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.directory / file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{self.directory / file} is damaged{_first_cut_tensor(self.directory / file)}: {error}"
+                ) from error
+        return self._files[file]
+
+
+def _first_cut_tensor(path: Path) -> str:
+    """Which tensor a truncated file breaks off in, as far as its header can tell."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        try:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_size))
+        except (struct.error, ValueError, MemoryError, OverflowError):
+            return " (no readable header)"
+    ends = {name: info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"}
+    cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if 8 + header_size + end > size]
+    return f": it breaks off in tensor {cut[0]}, download it again" if cut else ""

@@ -1,0 +1,115 @@
+"""Tokenizers: of a Hugging Face directory, or built from a GGUF header."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import models as tokenizer_models
+
+FastTokenizer = Any  # transformers.PreTrainedTokenizerFast
+
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    pieces = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+_PRE_TOKENIZERS = {  # by GGUF's name for how text is cut before merging
+    "default": _byte_level(),
+    "gpt-2": _byte_level(),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
+    "llama-bpe": _split(_LLAMA3),
+    "qwen2": _split(_QWEN2),
+}
+
+
+def load_tokenizer(source: str | Path) -> FastTokenizer:
+    """The fast tokenizer in a directory, chat template included.
+
+    Raises:
+      ValueError: there is none, or it is one that only runs as downloaded Python code.
+    """
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"cannot load a tokenizer from {source}: {error}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {source} has no tokenizer.json; only fast tokenizers are supported")
+    return tokenizer
+
+
+def tokenizer_from_gguf(header: Mapping[str, Any]) -> FastTokenizer:
+    """The byte-level BPE tokenizer that a GGUF header describes; its control tokens are special tokens.
+
+    Raises:
+      ValueError: it is of another kind; say which tokenizer to use instead.
+    """
+    kind, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise ValueError(
+            f"the GGUF file's tokenizer ({kind}, {pre}) is not supported: name the model's own with "
+            f"tokenizer=<hub id or directory>. Supported are gpt2 with: {', '.join(_PRE_TOKENIZERS)}"
+        )
+    tokens = header["tokenizer.ggml.tokens"]
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(_tokens_of_type(header, _CONTROL))
+    tokenizer.add_tokens(_tokens_of_type(header, _USER_DEFINED))
+    special = {
+        f"{name}_token": tokens[header[f"tokenizer.ggml.{key}_token_id"]]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{key}_token_id" in header
+    }
+    if header.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=header.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _tokens_of_type(header: Mapping[str, Any], wanted: int) -> list[AddedToken]:
+    tokens, types = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
+    special = wanted == _CONTROL
+    return [
+        AddedToken(t, normalized=False, special=special)
+        for t, kind in zip(tokens, types, strict=True)
+        if kind == wanted
+    ]
+
+
+def _transformers() -> ModuleType:
+    """transformers, without its notice that there is no PyTorch (its tokenizers need none)."""
+    logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+    import transformers
+
+    return transformers
