@@ -1,0 +1,165 @@
+"""From token ids to text, a few tokens at a time: whole characters only, and never past a stop string."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from paged.sampling_params import SamplingParams
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no, or not yet a, character
+MAX_UNFINISHED = 4  # tokens that one character can need: UTF-8 has at most four bytes
+
+
+class IncrementalDetokenizer:
+    """The text of one completion.
+
+    The deltas, joined, are what the tokenizer makes of all ids at once, up to and without (or with, by
+    include_stop_str_in_output) the first stop string to be complete, and without a half character at the end.
+
+    Args:
+      prompt_token_ids: their last few decide, in tokenizers of the SentencePiece kind, whether the first word of
+        the output has a space before it. Without, it has none.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+    ):
+        self._stream = TextStream(
+            tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens, prompt_token_ids
+        )
+        self._stops = [StopMatcher(stop) for stop in params.stop_strings]
+        self._include_stop = params.include_stop_str_in_output
+        self._num_exempt_tokens = params.min_tokens
+        self._held = ""  # the longest end of the text so far that may be the beginning of a stop string
+        self._stopped = False
+
+    def append(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
+        """The text that these tokens add, and the stop string that ends it. After a stop, all is ignored.
+
+        A stop string counts if it ends after the first min_tokens tokens, wherever it begins.
+        """
+        delta = ""
+        for token_id in token_ids:
+            self._num_exempt_tokens -= 1
+            text, stop = self._scan(self._stream.step(token_id))
+            delta += text
+            if stop is not None:
+                return delta, stop
+        return delta, None
+
+    def finish(self) -> str:
+        """The text still held back, when no more tokens come."""
+        held, self._held, self._stopped = self._held, "", True
+        return held
+
+    def _scan(self, text: str) -> tuple[str, str | None]:
+        if self._stopped:
+            return "", None
+        if not self._stops:
+            return text, None
+        known = self._held + text
+        for end, char in enumerate(text, start=len(self._held) + 1):
+            complete = [stop.pattern for stop in self._stops if stop.advance(char)]
+            if complete and self._num_exempt_tokens < 0:
+                stop_string = max(complete, key=len)
+                self._held, self._stopped = "", True
+                return known[: end if self._include_stop else end - len(stop_string)], stop_string
+        safe = len(known) - max(stop.matched for stop in self._stops)
+        self._held = known[safe:]
+        return known[:safe], None
+
+
+class StopMatcher:
+    """Looks for one string in characters that come one by one, each looked at once (Knuth, Morris, Pratt 1977).
+
+    `matched` is the length of the longest end of the text so far that begins the string.
+    """
+
+    def __init__(self, pattern: str):
+        self.pattern = pattern
+        self.matched = 0
+        self._borders = [0]  # of each beginning of the pattern, the longest proper end that begins it too
+        for char in pattern[1:]:
+            self._borders.append(self._extended(self._borders[-1], char))
+
+    def advance(self, char: str) -> bool:
+        """True if the string is complete with this character."""
+        self.matched = self._extended(self.matched, char)
+        complete = self.matched == len(self.pattern)
+        if complete:
+            self.matched = self._borders[-1]
+        return complete
+
+    def _extended(self, matched: int, char: str) -> int:
+        while matched and self.pattern[matched] != char:
+            matched = self._borders[matched - 1]
+        return matched + (self.pattern[matched] == char)
+
+
+class TextStream:
+    """Decodes token by token in time linear in their number, holding back characters until they are whole.
+
+    What a token reads as depends on its neighbours (the bytes of a character, a space at the start of a text), so
+    it is decoded together with the few before it, and their text is taken off the front. An unfinished character
+    shows as a trailing replacement character; with MAX_UNFINISHED tokens pending, the first is no part of it.
+    (tokenizers' own DecodeStream waits without such a bound, which is quadratic in a run of broken bytes or of
+    skipped tokens, and raises when text before the bytes changes in the light of them.)
+
+    Bytes that are no character read as one or more replacement characters, of which a stream may have a different
+    number than a decoding of the whole.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        prompt_token_ids: Sequence[int] = (),
+    ):
+        self._tokenizer = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._skipped = {i for i, token in added.items() if token.special and skip_special_tokens}
+        joined = not skip_special_tokens and not spaces_between_special_tokens
+        self._joined = {i: token.content for i, token in added.items() if joined}  # no space between two of these
+        # The tokens before the pending ones, and their text.
+        self._context = [i for i in prompt_token_ids[-MAX_UNFINISHED:] if i not in self._skipped]
+        self._before = self._decode(self._context).rstrip(REPLACEMENT)
+        self._pending: list[int] = []
+        self._num_sent = 0  # characters of the pending tokens' text that were returned
+
+    def step(self, token_id: int) -> str:
+        """The text that is certain with this token and was not before."""
+        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
+            return ""
+        if token_id in self._joined and not self._pending and self._context and self._context[-1] in self._joined:
+            self._settle([token_id])
+            return self._joined[token_id]
+        self._pending.append(token_id)
+        text = self._text_of(self._pending)
+        whole = text.rstrip(REPLACEMENT)
+        delta = whole[self._num_sent :]
+        self._num_sent = max(self._num_sent, len(whole))
+        if text and whole == text:
+            self._settle(self._pending)
+            self._pending, self._num_sent = [], 0
+        elif len(self._pending) == MAX_UNFINISHED:
+            first = self._pending[:1]
+            text = self._text_of(first)
+            delta += text[self._num_sent :]
+            self._settle(first if text else (self._context + first)[-MAX_UNFINISHED:])
+            self._pending, self._num_sent = self._pending[1:], max(self._num_sent - len(text), 0)
+        return delta
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        """What the tokens read as after the context."""
+        text = self._decode(self._context + token_ids)
+        if text.startswith(self._before):
+            return text[len(self._before) :]
+        return self._decode(token_ids)  # broken bytes that spoil the context's own
+
+    def _settle(self, context: list[int]) -> None:
+        self._context = context
+        self._before = self._decode(context)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
