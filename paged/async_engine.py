@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,7 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[list[CompletionDelta]]:
+    ) -> AsyncGenerator[list[CompletionDelta]]:
         """Yields what was added since the last time, over all n completions, until each has its finish_reason.
         Closing or cancelling the iterator aborts the request.
 

@@ -171,9 +171,9 @@ class Engine:
     def _read(self, step: StepHandle) -> list[CompletionDelta]:
         """Waits for a step's tokens and hands them to their requests."""
         sampled = to_host(step.output.sampled)
-        for request, first_position, scores in step.prompt_scores:
+        for request, positions, scores in step.prompt_scores:
             if processor := self._processors.get(request.request_id):
-                processor.add_prompt_logprobs(first_position, to_host(scores))
+                processor.add_prompt_logprobs(positions, to_host(scores))
         now = time.monotonic()
         deltas: list[CompletionDelta] = []
         for row, scheduled in enumerate(step.plan.scheduled):

@@ -16,7 +16,11 @@ class OutputProcessor:
     def __init__(self, request: Request, public_id: str, tokenizer: Any):
         self.request, self.public_id, self.tokenizer = request, public_id, tokenizer
         params = request.sampling_params
-        self.detokenizer = IncrementalDetokenizer(tokenizer, params) if tokenizer and params.detokenize else None
+        self.detokenizer = (
+            IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids)
+            if tokenizer and params.detokenize
+            else None
+        )
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> tuple[CompletionDelta, str | None]:
@@ -55,14 +59,13 @@ class OutputProcessor:
             metrics=metrics_of(request),
         )
 
-    def add_prompt_logprobs(self, first_position: int, scores: Any) -> None:
-        """Scores of the prompt tokens from `first_position` on; those already known (a preempted prompt is
-        computed twice) are passed over. scores: a SampleOutput of numpy arrays."""
-        known = self.prompt_logprobs
-        count, wanted = self.request.num_prompt_tokens, self.request.sampling_params.prompt_logprobs
+    def add_prompt_logprobs(self, positions: range, scores: Any) -> None:
+        """Scores of the prompt tokens at `positions`, a row each; those already known (a preempted prompt is computed
+        twice) are passed over. scores: a SampleOutput of numpy arrays."""
+        known, wanted = self.prompt_logprobs, self.request.sampling_params.prompt_logprobs
         if known is None or wanted is None:
             return
-        for row, position in enumerate(range(first_position, min(count, first_position + len(scores.rank)))):
+        for row, position in enumerate(positions):
             if position == len(known):
                 known.append(self.logprobs_of(self.request.prompt_token_ids[position], scores, row, wanted))
 

@@ -1,6 +1,7 @@
 """Runs steps on the device: holds the weights and the device state, the compiled programs, and no policy."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ class StepHandle(NamedTuple):
 
     plan: StepPlan
     output: StepOutput
-    prompt_scores: list[tuple[Request, int, Any]]  # request, first target position, device arrays of SCORE_ROWS rows
+    prompt_scores: list[tuple[Request, range, SampleOutput]]  # of prompt positions; one row each, then padding
 
 
 class Runner:
@@ -174,7 +175,7 @@ class Runner:
                 sampling = self._admit_full(self.state.sampling, slot, jax.device_put(arrays))
                 self.state = self.state._replace(sampling=sampling)
 
-    def _score_prompts(self, plan: StepPlan, hidden: jax.Array):
+    def _score_prompts(self, plan: StepPlan, hidden: jax.Array) -> Iterator[tuple[Request, range, SampleOutput]]:
         """Logprobs of the prompt tokens that follow this step's, for the requests that ask for them."""
         score = self._score[hidden.shape[0]]
         row = len(plan.decodes)
@@ -187,7 +188,7 @@ class Runner:
                     rows = np.zeros((2, SCORE_ROWS), np.int32)
                     rows[0, :count] = np.arange(count) + row + start - first
                     rows[1, :count] = request.prompt_token_ids[start : start + count]
-                    yield request, start, score(self.params, hidden, jax.device_put(rows))
+                    yield request, range(start, start + count), score(self.params, hidden, jax.device_put(rows))
             row += chunk.num_tokens
 
 
