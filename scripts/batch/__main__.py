@@ -96,7 +96,10 @@ def answer_all(
     from paged.async_engine import AsyncEngine
     from scripts.batch.run import BatchRun, UniqueIds, tasks
 
-    engine = AsyncEngine(config)
+    try:
+        engine = AsyncEngine(config)
+    except (ValueError, RuntimeError, OSError) as e:
+        raise RunError(f"the engine could not be loaded: {e}") from e
     ids = UniqueIds()
     names = tuple(dict.fromkeys([engine.served_model_name, config.model.model]))
     bar = tqdm(total=total, initial=results.num_done, unit="line", disable=not args.progress, mininterval=0.5)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from paged.config import CacheArgs, EngineConfig, ModelArgs, RunnerArgs, SchedulerArgs, option, require
 from paged.engine import Engine
-from paged.errors import QueueFullError
+from paged.errors import InvalidRequestError, QueueFullError
 from paged.memory import reserve_device_memory
 from paged.sampling_params import SamplingParams
 from paged.startup import compute_dtype
@@ -56,7 +56,10 @@ class Bench:
             f"{self.ceilings.flops / 1e12:,.2f} TFLOP/s in {jnp.dtype(dtype).name}"
         )
         begin = time.perf_counter()
-        self.engine = Engine(config)
+        try:
+            self.engine = Engine(config)
+        except (ValueError, OSError) as e:
+            raise InvalidRequestError(f"the engine could not be loaded: {e}") from e
         self.start_seconds = time.perf_counter() - begin
         shape, model_config = self.engine.runner.shape, self.engine.checkpoint.config
         self.cost = Cost.of(model_config, self.engine.runner.params, jnp.dtype(shape.cache_dtype).itemsize)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import ModelConfig
+from paged.memory import tree_bytes
 from scripts.bench.workload import Item
 
 LONG_ENOUGH = 0.02  # seconds that a measurement of a ceiling lasts at least
@@ -55,7 +56,7 @@ class Cost:
         itemsize = max(leaves, key=lambda x: x.size).dtype.itemsize
         return cls(
             config,
-            weight_bytes=sum(x.nbytes for x in leaves) - gathered * itemsize,
+            weight_bytes=tree_bytes(params) - gathered * itemsize,
             weights=sum(x.size for x in leaves) - gathered,
             head_weights=embedding,
             kv_bytes=2 * config.num_kv_heads * config.head_dim * cache_itemsize,
