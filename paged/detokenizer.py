@@ -1,12 +1,18 @@
 """From token ids to text, a few tokens at a time: whole characters only, and never past a stop string."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerFast
+from tokenizers.decoders import ByteLevel
 
 from paged.sampling_params import SamplingParams
 
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerFast
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no, or not yet a, character
+Tokens = tuple[int, ...]
 MAX_UNFINISHED = 4  # tokens that one character can need: UTF-8 has at most four bytes
 
 
@@ -22,12 +28,13 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
+        self, tokenizer: "PreTrainedTokenizerFast", params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ):
         self._stream = TextStream(
             tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens, prompt_token_ids
         )
         self._stops = [StopMatcher(stop) for stop in params.stop_strings]
+        self._stop_beginnings = {stop.pattern[0] for stop in self._stops}
         self._include_stop = params.include_stop_str_in_output
         self._num_exempt_tokens = params.min_tokens
         self._held = ""  # the longest end of the text so far that may be the beginning of a stop string
@@ -55,7 +62,7 @@ class IncrementalDetokenizer:
     def _scan(self, text: str) -> tuple[str, str | None]:
         if self._stopped:
             return "", None
-        if not self._stops:
+        if not self._held and self._stop_beginnings.isdisjoint(text):
             return text, None
         known = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
@@ -111,55 +118,80 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         skip_special_tokens: bool,
         spaces_between_special_tokens: bool,
         prompt_token_ids: Sequence[int] = (),
     ):
-        self._tokenizer = tokenizer.backend_tokenizer
-        added = tokenizer.added_tokens_decoder
-        self._skipped = {i for i, token in added.items() if token.special and skip_special_tokens}
+        self._vocabulary = vocabulary = vocabulary_of(tokenizer)
+        self._skipped = vocabulary.special if skip_special_tokens else {}
         joined = not skip_special_tokens and not spaces_between_special_tokens
-        self._joined = {i: token.content for i, token in added.items() if joined}  # no space between two of these
-        # The tokens before the pending ones, and their text.
-        self._context = [i for i in prompt_token_ids[-MAX_UNFINISHED:] if i not in self._skipped]
-        self._before = self._decode(self._context).rstrip(REPLACEMENT)
-        self._pending: list[int] = []
+        self._joined = vocabulary.added if joined else {}  # no space between two of these
+        self._after_joined = False
+        self._pending: Tokens = ()
         self._num_sent = 0  # characters of the pending tokens' text that were returned
+        tail = prompt_token_ids[-MAX_UNFINISHED:]
+        self._context: Tokens = tuple(i for i in tail if i not in self._skipped)  # what precedes the pending tokens
+        self._before = vocabulary.decode(self._context).rstrip(REPLACEMENT)  # and reads like this
 
     def step(self, token_id: int) -> str:
         """The text that is certain with this token and was not before."""
-        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
+        if token_id in self._skipped:
             return ""
-        if token_id in self._joined and not self._pending and self._context and self._context[-1] in self._joined:
-            self._settle([token_id])
+        joins, self._after_joined = self._after_joined and not self._pending, token_id in self._joined
+        if joins and self._after_joined:
+            self._settle((token_id,))
             return self._joined[token_id]
-        self._pending.append(token_id)
+        self._pending = (*self._pending, token_id)
         text = self._text_of(self._pending)
         whole = text.rstrip(REPLACEMENT)
         delta = whole[self._num_sent :]
-        self._num_sent = max(self._num_sent, len(whole))
         if text and whole == text:
-            self._settle(self._pending)
-            self._pending, self._num_sent = [], 0
-        elif len(self._pending) == MAX_UNFINISHED:
-            first = self._pending[:1]
-            text = self._text_of(first)
-            delta += text[self._num_sent :]
-            self._settle(first if text else (self._context + first)[-MAX_UNFINISHED:])
-            self._pending, self._num_sent = self._pending[1:], max(self._num_sent - len(text), 0)
+            self._settle(() if self._vocabulary.context_free else self._pending)
+            self._pending, self._num_sent = (), 0
+        elif not text and not self._vocabulary.has(token_id):
+            self._pending = self._pending[:-1]
+        else:
+            self._num_sent = max(self._num_sent, len(whole))
+            if len(self._pending) == MAX_UNFINISHED:
+                delta += self._settle_first()
         return delta
 
-    def _text_of(self, token_ids: list[int]) -> str:
+    def _settle_first(self) -> str:
+        first = self._pending[:1]
+        text = self._text_of(first)
+        delta = text[self._num_sent :]
+        self._settle(first if text else (*self._context, *first)[-MAX_UNFINISHED:])
+        self._pending, self._num_sent = self._pending[1:], max(self._num_sent - len(text), 0)
+        return delta
+
+    def _text_of(self, token_ids: Tokens) -> str:
         """What the tokens read as after the context."""
-        text = self._decode(self._context + token_ids)
+        text = self._vocabulary.decode(self._context + token_ids)
         if text.startswith(self._before):
             return text[len(self._before) :]
-        return self._decode(token_ids)  # broken bytes that spoil the context's own
+        return self._vocabulary.decode(token_ids)  # broken bytes that spoil the context's own
 
-    def _settle(self, context: list[int]) -> None:
-        self._context = context
-        self._before = self._decode(context)
+    def _settle(self, context: Tokens) -> None:
+        self._context, self._before = context, self._vocabulary.decode(context)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+class Vocabulary:
+    """What all streams of a tokenizer share."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        self._backend = tokenizer.backend_tokenizer
+        self.added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # Bytes are all there is to a token of such a vocabulary: whole characters read the same in any company.
+        self.context_free = type(self._backend.decoder) is ByteLevel
+        self._decode = lru_cache(maxsize=2**16)(partial(self._backend.decode, skip_special_tokens=False))
+
+    def decode(self, token_ids: Tokens) -> str:
+        return self._decode(token_ids)
+
+    def has(self, token_id: int) -> bool:
+        return self._backend.id_to_token(token_id) is not None
+
+
+vocabulary_of = lru_cache(maxsize=4)(Vocabulary)

@@ -1,9 +1,9 @@
 """How to sample one request: names, defaults and rules as in vLLM, validated on construction."""
 
-from collections.abc import Collection, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from reprlib import repr as short
 from typing import Any, NoReturn
 
 from paged.errors import InvalidRequestError
@@ -71,39 +71,39 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        self._normalise()
+        self._check_fields()
         if self.greedy:
             for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-                self._set(name, off)
+                object.__setattr__(self, name, off)
         self._check_combinations()
 
-    def _normalise(self) -> None:
-        self._set("n", _integer("n", self.n, 1))
-        self._set("presence_penalty", _number("presence_penalty", self.presence_penalty, -2, 2))
-        self._set("frequency_penalty", _number("frequency_penalty", self.frequency_penalty, -2, 2))
-        self._set("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 1e-20, 1e20))
-        self._set("temperature", _number("temperature", self.temperature, 0, 2))
-        self._set("top_p", _number("top_p", self.top_p, 0, 1, above_low=True))
-        self._set("top_k", max(_integer("top_k", self.top_k, -1), 0))
-        self._set("min_p", _number("min_p", self.min_p, 0, 1))
-        if self.seed is not None:
-            seed = _integer("seed", self.seed, -(2**63), 2**64 - 1)
-            self._set("seed", None if seed == -1 else seed)
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
-        if self.max_tokens is not None:
-            self._set("max_tokens", _integer("max_tokens", self.max_tokens, 1))
-        self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0))
-        for name in ("logprobs", "prompt_logprobs"):
+    def _check_fields(self) -> None:
+        check = self._replace_by
+        check("n", _integer, 1)
+        check("presence_penalty", _number, -2, 2)
+        check("frequency_penalty", _number, -2, 2)
+        check("repetition_penalty", _number, 1e-20, 1e20)
+        check("temperature", _number, 0, 2)
+        check("top_p", _positive_number, 1)
+        check("top_k", _top_k)
+        check("min_p", _number, 0, 1)
+        check("seed", _seed)
+        check("stop", _stop_strings)
+        check("stop_token_ids", _token_ids)
+        check("min_tokens", _integer, 0)
+        for name, low in (("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1)):
             if getattr(self, name) is not None:
-                self._set(name, _integer(name, getattr(self, name), -1))
+                check(name, _integer, low)
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize"):
-            _check_bool(name, getattr(self, name))
+            check(name, _boolean)
         for name in ("skip_special_tokens", "spaces_between_special_tokens"):
-            _check_bool(name, getattr(self, name))
-        self._set("logit_bias", _logit_bias(self.logit_bias))
+            check(name, _boolean)
+        check("logit_bias", _logit_bias)
         if self.allowed_token_ids is not None:
-            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+            check("allowed_token_ids", _token_ids)
+
+    def _replace_by(self, name: str, checked: Callable[..., Any], *limits: float) -> None:
+        object.__setattr__(self, name, checked(name, getattr(self, name), *limits))
 
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -159,75 +159,100 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
 
 def _refuse(param: str, message: str) -> NoReturn:
     raise InvalidRequestError(f"{param} {message}", param=param)
 
 
-def _number(param: str, value: Any, low: float, high: float, *, above_low: bool = False) -> float:
-    """A float in [low, high], or (low, high] with `above_low`."""
-    expected = f"in {'(' if above_low else '['}{low}, {high}]"
-    numeric = isinstance(value, Real) and not isinstance(value, bool)
-    if not numeric or not low <= value <= high or (above_low and value == low):  # NaN compares false
-        _refuse(param, f"must be a number {expected}, not {short(value)}")
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python shows no integer of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def _number(param: str, value: Any, low: float, high: float) -> float:
+    if not _is_real(value) or not low <= value <= high:  # NaN compares false
+        _refuse(param, f"must be a number in [{low}, {high}], not {_shown(value)}")
     return float(value)
 
 
+def _positive_number(param: str, value: Any, high: float) -> float:
+    if not _is_real(value) or not 0 < value <= high:
+        _refuse(param, f"must be a number in (0, {high}], not {_shown(value)}")
+    return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _integer(param: str, value: Any, low: int, high: int | None = None) -> int:
-    expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        _refuse(param, f"must be an integer {expected}, not {short(value)}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        _refuse(param, f"must be {expected}, not {short(value)}")
-    return number
+    if not _is_integral(value) or value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        _refuse(param, f"must be an integer {expected}, not {_shown(value)}")
+    return int(value)
 
 
-def _check_bool(param: str, value: Any) -> None:
+def _is_integral(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _top_k(param: str, value: Any) -> int:
+    return max(_integer(param, value, -1), 0)
+
+
+def _seed(param: str, value: Any) -> int | None:
+    if value is None or _integer(param, value, -(2**63), 2**64 - 1) == -1:
+        return None
+    return int(value)
+
+
+def _boolean(param: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        _refuse(param, f"must be true or false, not {short(value)}")
+        _refuse(param, f"must be true or false, not {_shown(value)}")
+    return value
 
 
 def _token_ids(param: str, value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        _refuse(param, f"must be a list of token ids, not {short(value)}")
+        _refuse(param, f"must be a list of token ids, not {_shown(value)}")
     return tuple(_token_id(param, token_id) for token_id in value)
 
 
 def _token_id(param: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        _refuse(param, f"has {short(value)}: token ids are integers from 0 up")
+    if not _is_integral(value) or value < 0:
+        _refuse(param, f"has {_shown(value)}: token ids are integers from 0 up")
     return int(value)
 
 
-def _stop_strings(value: Any) -> tuple[str, ...]:
+def _stop_strings(param: str, value: Any) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else value
     if isinstance(strings, bytes | Mapping) or not hasattr(strings, "__iter__"):
-        _refuse("stop", f"must be a string or a list of strings, not {short(value)}")
+        _refuse(param, f"must be a string or a list of strings, not {_shown(value)}")
     strings = tuple(strings)
     for string in strings:
         if not isinstance(string, str):
-            _refuse("stop", f"has {short(string)}: every stop must be a string (use stop_token_ids for token ids)")
+            _refuse(param, f"has {_shown(string)}: every stop must be a string (use stop_token_ids for token ids)")
         if not string:
-            _refuse("stop", "has an empty string, which would end every text at once: remove it")
+            _refuse(param, "has an empty string, which would end every text at once: remove it")
     return strings
 
 
-def _logit_bias(value: Any) -> dict[int, float] | None:
-    if not value and (value is None or isinstance(value, Mapping)):
+def _logit_bias(param: str, value: Any) -> dict[int, float] | None:
+    if value is None:
         return None
     if not isinstance(value, Mapping):
-        _refuse("logit_bias", f"must map token ids to numbers, not {short(value)}")
+        _refuse(param, f"must map token ids to numbers, not {_shown(value)}")
     if len(value) > MAX_LOGIT_BIAS:
-        _refuse("logit_bias", f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+        _refuse(param, f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     bias: dict[int, float] = {}
     for key, number in value.items():
         digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
-        token_id = _token_id("logit_bias", int(key) if digits else key)
+        token_id = _token_id(param, int(key) if digits else key)
         if token_id in bias:
-            _refuse("logit_bias", f"has token id {token_id} twice")
-        bias[token_id] = _number("logit_bias", number, -100, 100)
-    return bias
+            _refuse(param, f"has token id {token_id} twice")
+        bias[token_id] = _number(param, number, -100, 100)
+    return bias or None

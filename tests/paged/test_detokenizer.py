@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from paged.detokenizer import REPLACEMENT, IncrementalDetokenizer, StopMatcher, TextStream
+from paged.detokenizer import REPLACEMENT, IncrementalDetokenizer, StopMatcher, Vocabulary
 from paged.sampling_params import SamplingParams
 
 CORPUS = [
@@ -60,7 +60,7 @@ TOKENIZERS = {"byte_level": byte_level(), "byte_fallback": byte_fallback()}
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
 unicode_text = st.lists(
     st.one_of(
-        st.characters(exclude_categories=["Cs"]),
+        st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT),
         st.sampled_from(
             ["😀", "👩‍👩‍👧", "e\u0301", "你好", "\u200d", "🇩🇪", " ", "\n", "the", "▁", "fox ", "\u0000", "ﷺ"]
         ),
@@ -100,20 +100,27 @@ def stream(tokenizer, ids, chunk=1, **params):
 def test_deltas_join_to_the_text_and_have_whole_characters_only(tokenizer, text, chunk):
     ids = encode(tokenizer, text)
     deltas, _ = stream(tokenizer, ids, chunk)
-    assert "".join(deltas) == decode(tokenizer, ids).rstrip(REPLACEMENT)
-    if REPLACEMENT not in text:
-        assert not any(REPLACEMENT in delta for delta in deltas)
+    assert "".join(deltas) == decode(tokenizer, ids)
+    assert not any(REPLACEMENT in delta for delta in deltas)
 
 
 @every_tokenizer
 @settings(deadline=None, max_examples=150)
-@given(text=unicode_text.filter(lambda t: REPLACEMENT not in t), data=st.data())
+@given(text=unicode_text, data=st.data())
 def test_a_cut_character_is_never_shown(tokenizer, text, data):
     ids = encode(tokenizer, text)
     ids = ids[: data.draw(st.integers(0, len(ids)))]
     beginnings = [decode(tokenizer, ids[:i]) for i in range(len(ids) + 1)]
     deltas, _ = stream(tokenizer, ids)
     assert "".join(deltas) == max((b for b in beginnings if REPLACEMENT not in b), key=len)
+
+
+@settings(deadline=None)
+@given(text=st.text(REPLACEMENT + "a\u0800😀", max_size=10))
+def test_a_replacement_character_can_be_meant(text):
+    tokenizer = TOKENIZERS["byte_level"]
+    deltas, _ = stream(tokenizer, encode(tokenizer, text + "."))
+    assert "".join(deltas) == text + "."
 
 
 @every_tokenizer
@@ -207,8 +214,8 @@ def test_work_is_linear_in_the_number_of_tokens(tokenizer, kind, monkeypatch):
     else:
         ids = encode(tokenizer, {"unfinished characters": "😀", "words": "the fox"}[kind]) * 500
     decoded = []
-    original = TextStream._decode
-    monkeypatch.setattr(TextStream, "_decode", lambda self, ids: decoded.append(len(ids)) or original(self, ids))
+    original = Vocabulary.decode
+    monkeypatch.setattr(Vocabulary, "decode", lambda self, ids: decoded.append(len(ids)) or original(self, ids))
     deltas, _ = stream(tokenizer, ids)
     assert sum(decoded) <= 20 * len(ids)
     assert max(decoded) <= 8
