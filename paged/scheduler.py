@@ -194,15 +194,16 @@ class Scheduler:
         return StepPlan([chunk.request for chunk in new_prefills], decodes, prefills, num_preempted)
 
     def _schedule_decodes(self, order: list[Request]) -> list[ScheduledRequest]:
-        """Preempts from the end of `order`, which thus shrinks to those that still run."""
+        """Preempts from the end of `order`, which thus shrinks to those that still run.
+
+        Never more than the token budget: whoever decodes here was among the last step's tokens.
+        """
         decodes: list[ScheduledRequest] = []
         prefilling, block_size, capacity = self._prefilling, self.block_size, self.capacity
         for request in order:
             start = request.num_computed_tokens
             if request in prefilling or start + 1 >= request.max_total_tokens or start >= capacity:
                 continue  # the latter two only wait for their last token to be read
-            if len(decodes) == self.max_num_batched_tokens:
-                break
             new_block = 0
             if start == len(request.block_table) * block_size:
                 if not self._make_room(request, order):

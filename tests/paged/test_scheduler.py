@@ -100,16 +100,14 @@ def test_a_one_token_tail_of_a_prompt_is_no_decode():
     assert (plan.decodes, [i.num_tokens for i in plan.prefills]) == ([], [1])
 
 
-def test_more_decodes_than_budget_are_served_in_order():
+def test_no_more_requests_run_than_the_budget_has_tokens():
     scheduler = make_scheduler(max_num_batched_tokens=2)
-    requests = [make_request(str(i), [i], max_tokens=4) for i in range(3)]
+    requests = [make_request(str(i), [i], max_tokens=4) for i in range(5)]
     for request in requests:
         scheduler.add(request)
-    while not requests[1].finished:
+    while scheduler.has_unfinished:
         assert run_step(scheduler).num_tokens <= 2
-    assert not requests[2].finished
-    while not requests[2].finished:
-        run_step(scheduler)
+        assert scheduler.num_running <= 2
 
 
 def test_slots_are_limited_unique_and_given_back():
@@ -334,6 +332,7 @@ def two_in_a_pool_for_one_and_a_half(policy: str = "fcfs", priorities: tuple[int
 
 def test_the_last_admitted_gives_way_keeps_its_tokens_and_is_computed_again():
     scheduler, (first, last), pending = two_in_a_pool_for_one_and_a_half()
+    first_scheduled = last.first_scheduled_time
     plan = step(scheduler)
     assert [i.request for i in plan.scheduled] == [first]
     assert (plan.num_preempted, plan.admitted) == (1, [])
@@ -356,6 +355,7 @@ def test_the_last_admitted_gives_way_keeps_its_tokens_and_is_computed_again():
         run_step(scheduler)
     assert len(last.output_token_ids) == 6
     assert last.num_cached_tokens == 0
+    assert last.first_scheduled_time == first_scheduled
 
 
 def test_a_preempted_request_can_end_while_it_waits():
@@ -398,13 +398,21 @@ def test_priority_then_arrival_decide_who_is_admitted():
 
 def test_a_request_that_fills_the_whole_cache_ends_and_disturbs_nobody():
     scheduler = make_scheduler(num_blocks=4)
-    greedy = make_request("a", [1] * 9, max_tokens=100)
+    greedy, other = make_request("a", [1] * 7, max_tokens=100), make_request("b", [2], max_tokens=1)
     scheduler.add(greedy)
-    while not greedy.finished:
-        assert run_step(scheduler).num_preempted == 0
+    previous = step(scheduler)
+    while greedy.num_computed_tokens < 12:
+        plan = step(scheduler)
+        deliver(scheduler, previous)
+        previous = plan
+    scheduler.add(other)
+    assert scheduler.schedule() is None
+    assert greedy.num_preemptions == 0
+    deliver(scheduler, previous)
     assert (greedy.finish_reason, greedy.stop_reason) == ("length", "kv_cache_full")
     assert greedy.num_known_tokens == 12 + 1  # the newest token needs no room
     assert scheduler.usage == 0
+    assert run_step(scheduler).admitted == [other]
 
 
 def test_forgetting_all_that_was_computed_loses_no_request():

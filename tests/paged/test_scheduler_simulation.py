@@ -177,6 +177,7 @@ class World:
         assert {b: scheduler.pool.references(b) for b in held} == held
         assert scheduler.pool.num_used == len(held)
         assert all(len(set(request.block_table)) == len(request.block_table) for request in running)
+        assert scheduler._prefilling <= set(running)
         slots = [request.slot for request in running]
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < scheduler.max_num_seqs for slot in slots)
