@@ -104,8 +104,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    """`level` is for this project's words; libraries only warn."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("server", "paged", "models", "uvicorn.access"):
+        logging.getLogger(name).setLevel(level.upper())
 
 
 def main() -> None:
