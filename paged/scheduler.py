@@ -65,7 +65,6 @@ class Scheduler:
         self._num_added = 0
         self._finish_times: deque[float] = deque(maxlen=64)
         self._counters = StepStats()
-        self.ended_early = False  # set when siblings end with their leader; the caller clears it
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -380,7 +379,6 @@ class Scheduler:
         for sibling in request.siblings:
             if sibling in self._held_siblings:
                 self.finish(sibling, reason, stop_reason)
-                self.ended_early = True
 
     def _vacate(self, request: Request) -> None:
         del self._running[request]

@@ -293,10 +293,8 @@ def test_held_siblings_end_with_their_leader(reason):
     leader = make_request("a", [1] * 9, n=3)
     scheduler.add(leader)
     run_step(scheduler)
-    assert not scheduler.ended_early
     scheduler.finish(leader, reason)
     assert [s.finish_reason for s in leader.siblings] == [reason, reason]
-    assert scheduler.ended_early
     assert not scheduler.has_unfinished
     assert (scheduler.num_waiting, scheduler.num_waiting_tokens, scheduler.usage) == (0, 0, 0)
 
@@ -310,7 +308,6 @@ def test_queued_siblings_live_on_without_their_leader_and_each_can_go_alone():
     scheduler.finish(leader, "abort")
     scheduler.finish(leader.siblings[1], "abort")
     assert run_step(scheduler).admitted == leader.siblings[2:]
-    assert not scheduler.ended_early
 
 
 # ---- Preemption ----------------------------------------------------------------------------------------------
