@@ -51,6 +51,7 @@ class RunnerShape:
     max_logprobs: int
     decode_sizes: tuple[int, ...]  # buckets of S
     prompt_sizes: tuple[int, ...]  # buckets of T
+    variants: tuple[Variant, ...]  # of the sampler, the cheapest first and "full" last
     cache_dtype: Any
 
     @property
@@ -103,7 +104,7 @@ class Runner:
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
-        steps = {(shape, v): partial(self.lower_step, shape, v) for shape in s.steps for v in VARIANTS}
+        steps = {(shape, v): partial(self.lower_step, shape, v) for shape in s.steps for v in s.variants}
         self._steps = compile_all(steps, "step programs")
         packed = jax.ShapeDtypeStruct((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), jnp.int32)
         row = sampler.full_row_shapes(s.vocab_size)
@@ -135,7 +136,7 @@ class Runner:
         """Dispatches a step and the copies of its outputs; returns without waiting for either."""
         self._write_slots(plan.admitted)
         shape = self._bucket(plan)
-        variant = _widest(sampler.variant_of(s.request.sampling_params) for s in plan.scheduled)
+        variant = self._variant(plan)
         packed = jax.device_put(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
         self.state, output = self._steps[shape, variant](self.params, self.state, packed)
         scores = [] if output.hidden is None else list(self._score_prompts(plan, output.hidden))
@@ -149,6 +150,12 @@ class Runner:
             return StepShape(S, S, decode_only=True)
         T = at_least(self.shape.prompt_sizes, plan.num_tokens)
         return StepShape(T, self.shape.max_num_seqs, decode_only=False)
+
+    def _variant(self, plan: StepPlan) -> Variant:
+        """The cheapest that serves every request of the step."""
+        needed = {sampler.variant_of(s.request.sampling_params) for s in plan.scheduled}
+        rank = max(map(VARIANTS.index, needed))
+        return next(v for v in self.shape.variants if VARIANTS.index(v) >= rank)
 
     def _write_slots(self, admitted: list[Request]) -> None:
         s = self.shape
@@ -240,7 +247,3 @@ def score_program(model: nn.Module, max_logprobs: int, params, hidden: jax.Array
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _widest(variants) -> Variant:
-    return max(variants, key=VARIANTS.index)

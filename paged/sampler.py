@@ -300,10 +300,15 @@ def _draw(logits, row, positions, filtered: bool = False):
     """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax; without, the best."""
     greedy = row["temperature"] == 0
     x = logits / jnp.where(greedy, 1, row["temperature"])[:, None]
-    noise = jnp.where(greedy[:, None], 0, _gumbel(row["seed_lo"], row["seed_hi"], positions, logits.shape[1]))
+
+    def noise():
+        gumbel = _gumbel(row["seed_lo"], row["seed_hi"], positions, logits.shape[1])
+        return jnp.where(greedy[:, None], 0, gumbel)
+
     if filtered:
         x = jnp.where(x < _threshold(x, row)[:, None], -jnp.inf, x)
-    return _argmax(x + noise)
+        return _argmax(x + _if_any(row["temperature"], noise, jnp.zeros_like(x)))
+    return _argmax(x + noise())
 
 
 def _gumbel(seed_lo, seed_hi, positions, vocab_size):

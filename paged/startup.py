@@ -16,6 +16,7 @@ from paged.errors import InvalidRequestError
 from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
 from paged.packing import buckets
 from paged.runner import Runner, RunnerShape
+from paged.sampler import VARIANTS
 from paged.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype)
         max_num_seqs=max_num_seqs,
         vocab_size=checkpoint.config.vocab_size,
         max_logprobs=scheduler.max_logprobs,
-        decode_sizes=buckets(1, max_num_seqs),
+        decode_sizes=buckets(1, max_num_seqs, growth=4 if on_cpu else 2),
         prompt_sizes=buckets(32 if on_cpu else 256, max_tokens, growth=4 if on_cpu else 2),
+        variants=("full",) if on_cpu else VARIANTS,  # a CPU skips at run time, at no cost, what no row of "full" uses
         cache_dtype=dtype if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype),
     )
 
