@@ -105,7 +105,6 @@ class BatchRun:
         self.engine, self.results, self.window, self.bar = engine, results, window, bar
         self.model_names = model_names
         self.summary = Summary(num_before=results.num_done)
-        self._num_admitted = 0  # requests that the engine has taken and not finished
         known = {f.name for f in fields(SamplingParams)}
         self._defaults = {k: v for k, v in engine.default_sampling_params.items() if k in known}
 
@@ -188,8 +187,6 @@ class BatchRun:
             try:
                 answer, first_token_time = await self._stream(job, prompt, params, f"{request_id}-{failures}")
             except QueueFullError as e:
-                if self._num_admitted == 0:
-                    raise InvalidRequestError(f"the engine's empty queue has no room for this line: {e}", "n") from None
                 await asyncio.sleep(min(e.retry_after, 1.0))
             except RequestFailedError:
                 failures += 1
@@ -208,15 +205,10 @@ class BatchRun:
     ) -> tuple[Answer, float]:
         answer, first_token_time = Answer.empty(len(prompt), params.n), 0.0
         options = {name: job.options[name] for name in ("priority", "cache_salt") if name in job.options}
-        try:
-            async for deltas in self.engine.generate(prompt, params, request_id, **options):
-                if not first_token_time:
-                    first_token_time = time.monotonic()
-                    self._num_admitted += 1
-                for delta in deltas:
-                    answer.add(delta)
-        finally:
-            self._num_admitted -= bool(first_token_time)
+        async for deltas in self.engine.generate(prompt, params, request_id, **options):
+            first_token_time = first_token_time or time.monotonic()
+            for delta in deltas:
+                answer.add(delta)
         return answer, first_token_time
 
     def _show_progress(self, begin: float) -> None:
