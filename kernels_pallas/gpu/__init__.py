@@ -1,0 +1,1 @@
+"""Attention for NVIDIA Hopper GPUs and newer, in Pallas with Mosaic GPU."""

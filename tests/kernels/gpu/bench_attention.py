@@ -1,0 +1,78 @@
+"""Times the attention kernels: python -m tests.kernels.gpu.bench_attention [decode] [prefill]
+
+Each line is one shape. Calls are chained, the output of one being the queries of the next, over enough caches that
+none is still in the L2, and compiled as one program, as the layers of a model are.
+"""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.gpu import decode
+from tests.kernels.gpu import paged
+
+COPY_BANDWIDTH = 2.95e12  # bytes a second, read and written, of a device copy on an H100
+L2 = 50e6
+
+
+def seconds(step, *args, calls, repeats=5):
+    """Median time of one of the `calls` chained in step."""
+    jax.block_until_ready(step(*args))
+    times = []
+    for _ in range(repeats):
+        programs = 20
+        start = time.perf_counter()
+        for _ in range(programs):
+            out = step(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / programs / calls)
+    return float(np.median(times))
+
+
+def time_decode(S, length, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=32, config=None, **options):
+    lens = np.broadcast_to(np.asarray(length), (S,))
+    size = int(lens.sum()) * K * D * 2 * jnp.dtype(dtype).itemsize
+    layers = int(np.clip(-(-6 * L2 // size), 2, calls))
+    tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=dtype, layers=layers)
+    kv_lens = jnp.asarray(lens, jnp.int32)
+    q = jax.random.normal(jax.random.key(1), (S, H, D), jnp.float32).astype(dtype)
+    attend = partial(decode.decode_attention, scale=D**-0.5, config=config, **options)
+
+    @jax.jit
+    def step(q, caches, kv_lens, tables):
+        for i in range(calls):
+            q = attend(q, *caches[i % layers], kv_lens, tables)
+        return q
+
+    out = attend(q, *caches[0], kv_lens, tables)
+    few = slice(0, 8)
+    wrong = paged.error(
+        out[few], paged.expected_decode(q[few], caches[0], kv_lens[few], tables[few], scale=D**-0.5, **options)
+    )
+    taken = seconds(step, q, caches, kv_lens, tables, calls=calls)
+    return taken, size / COPY_BANDWIDTH, wrong
+
+
+LLAMA = {"H": 32, "K": 8, "D": 128}
+QWEN = {"H": 16, "K": 8, "D": 128}
+BATCHES = [(64, 4096), (256, 1024), (64, 1024), (8, 1024), (1, 32768), (1, 1024), (256, 128)]
+
+
+def decode_table(configs=(None,)):
+    for config in configs:
+        print(config)
+        for name, heads in (("llama", LLAMA), ("qwen3-0.6b", QWEN)):
+            for S, length in BATCHES:
+                taken, floor, wrong = time_decode(S, length, config=config, **heads)
+                ours, best = f"{taken * 1e6:8.1f} us", f"{floor * 1e6:7.1f}"
+                print(f"{name:11} {S:4} x {length:6}: {ours}, floor {best}, {floor / taken:6.1%}, error {wrong:.4f}")
+
+
+if __name__ == "__main__":
+    print(jax.devices()[0].device_kind, jax.__version__)
+    if "decode" in sys.argv:
+        decode_table()

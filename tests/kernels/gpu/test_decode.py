@@ -1,0 +1,64 @@
+"""Decode attention on the GPU against the reference in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.gpu.decode import decode_attention
+from tests.kernels.gpu import paged
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [  # H, K, D, N
+    (32, 8, 128, 64),
+    (16, 8, 128, 16),
+    (9, 3, 64, 16),
+    (8, 8, 64, 64),
+    (4, 1, 256, 32),
+    (16, 1, 128, 128),
+    (12, 2, 128, 64),
+    (64, 8, 64, 128),
+]
+OPTIONS = [
+    {},
+    {"window": 100},
+    {"window": 1024},
+    {"soft_cap": 20.0},
+    {"sinks": True},
+    {"window": 300, "soft_cap": 50.0, "sinks": True},
+]
+LENS = [1, 17, 64, 65, 255, 256, 257, 0, 700, 1024, 3000, 12345]
+
+
+def case(seed, H, K, D, N, dtype, sinks=False, lens=LENS, **options):
+    key = jax.random.key(seed)
+    tables, (cache,) = paged.pool(key, lens, K=K, D=D, N=N, dtype=dtype)
+    q = jax.random.normal(jax.random.fold_in(key, 1), (len(lens), H, D), jnp.float32).astype(dtype)
+    options = dict(options, scale=D**-0.5 * 1.5)
+    if sinks:
+        options["sinks"] = jax.random.normal(jax.random.fold_in(key, 2), (H,)) * 2
+    return q, cache, jnp.asarray(lens, jnp.int32), tables, options
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_agrees_with_the_reference(shape, options, dtype):
+    if dtype == jnp.float16 and shape not in SHAPES[:3]:
+        pytest.skip("float16 differs in nothing that depends on these shapes")
+    seed = int(np.random.default_rng().integers(1 << 30))
+    q, cache, kv_lens, tables, options = case(seed, *shape, dtype, **options)
+    jnp.full((1 << 28,), jnp.nan).block_until_ready()  # what is left unwritten is then NaN
+    out = decode_attention(q, *cache, kv_lens, tables, **options)
+    expected = paged.expected_decode(q, cache, kv_lens, tables, **options)
+    assert paged.error(out, expected) < 1e-2, seed
+    assert not np.asarray(out[LENS.index(0)]).any()
+
+
+def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
+    q, cache, kv_lens, tables, options = case(3, *SHAPES[0], jnp.bfloat16)
+    together = decode_attention(q, *cache, kv_lens, tables, **options)
+    for s in range(len(LENS)):
+        alone = decode_attention(q[s : s + 1], *cache, kv_lens[s : s + 1], tables[s : s + 1], **options)
+        np.testing.assert_array_equal(np.asarray(alone[0], np.float32), np.asarray(together[s], np.float32))
