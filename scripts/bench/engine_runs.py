@@ -100,8 +100,10 @@ class Bench:
 
     def warm_up(self) -> None:
         """Runs every part once."""
-        self.run([Item([1] * 17, 3)] * min(2, self.max_num_seqs), temperature=0.6)
-        self.run([Item([1] * 17, 3)], temperature=0.0)
+        length = min(17, self.engine.max_model_len - 1)
+        item = Item([1] * length, min(3, self.engine.max_model_len - length))
+        self.run([item] * min(2, self.max_num_seqs), temperature=0.6)
+        self.run([item], temperature=0.0)
 
     def run(self, items: Sequence[Item], temperature: float) -> "Run":
         """Runs a workload from empty to empty."""
