@@ -1,6 +1,7 @@
 """Many at once, those who leave early, and those who come too late."""
 
 import asyncio
+from collections.abc import Callable
 
 import httpx
 import openai
@@ -14,6 +15,12 @@ ENDLESS = {"prompt": "go on", "max_tokens": 8000, "ignore_eos": True, "temperatu
 def is_idle(server) -> bool:
     load = server.get("/load").json()
     return load["num_requests_running"] == load["num_requests_waiting"] == 0
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def test_concurrent_streams_equal_single_answers(tiny):
@@ -40,7 +47,8 @@ def test_a_client_that_leaves_a_stream_frees_its_blocks(tiny, n):
         httpx.Client(timeout=60) as client,
         client.stream("POST", tiny.url + "/v1/completions", json=ENDLESS | {"stream": True, "n": n}) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: dropping it would close the connection
+        next(lines)
         assert tiny.get("/load").json()["num_requests_running"] == n
     check_aborted(tiny, before, n)
 
@@ -68,13 +76,13 @@ def test_full_queue(start):
     server = start("--max-num-seqs", "1", "--max-num-queued-requests", "1")
     url, body = server.url + "/v1/completions", ENDLESS | {"stream": True}
     with httpx.Client(timeout=60) as client, client.stream("POST", url, json=body) as running:
-        next(running.iter_lines())
+        lines = running.iter_lines()
+        next(lines)
 
         async def crowd() -> list[httpx.Response]:
             async with httpx.AsyncClient(timeout=60) as late:
                 waiting = asyncio.create_task(late.post(url, json=ENDLESS))
-                while server.get("/load").json()["num_requests_waiting"] == 0:
-                    await asyncio.sleep(0.01)
+                await until(lambda: server.get("/load").json()["num_requests_waiting"] == 1)
                 bodies = [ENDLESS, body, ENDLESS | {"prompt": ["a", "b"]}]
                 refused = [await late.post(url, json=b) for b in bodies]
                 waiting.cancel()
@@ -108,8 +116,7 @@ def test_priority(start):
     async def crowd() -> None:
         async with httpx.AsyncClient(timeout=60) as client:
             tasks = [asyncio.create_task(complete(client, "first", -9))]
-            while server.get("/load").json()["num_requests_running"] == 0:
-                await asyncio.sleep(0.005)
+            await until(lambda: server.get("/load").json()["num_requests_running"] == 1)
             tasks += [asyncio.create_task(complete(client, f"{priority}", priority)) for priority in (3, 1, 2)]
             await asyncio.gather(*tasks)
 
