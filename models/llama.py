@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
 from models.config import ModelConfig
 from models.layers import Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+from models.parts import Part, Path
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
-Path = tuple[str, ...]
 
 
 class Attention(nn.Module):
@@ -126,35 +126,42 @@ class Llama(nn.Module):
         return (shape,) * c.num_layers
 
 
-def tensor_names(config: ModelConfig) -> dict[Path, tuple[str, ...]]:
+def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
     """For each parameter's path, the checkpoint's tensors (Hugging Face names) it is made of, joined along axis 0."""
-    names: dict[Path, tuple[str, ...]] = {
-        ("embed", "embedding"): ("model.embed_tokens.weight",),
-        ("norm", "scale"): ("model.norm.weight",),
+    parts: dict[Path, tuple[Part, ...]] = {
+        ("embed", "embedding"): (Part("model.embed_tokens.weight"),),
+        ("norm", "scale"): (Part("model.norm.weight"),),
     }
     if not config.tie_word_embeddings:
-        names["head", "kernel"] = ("lm_head.weight",)
+        parts["head", "kernel"] = (Part("lm_head.weight"),)
     for layer in range(config.num_layers):
-        for path, tensors in _layer_tensor_names(config).items():
-            names[(f"layers_{layer}", *path)] = tuple(f"model.layers.{layer}.{name}" for name in tensors)
-    return names
+        for path, tensors in _layer_tensor_parts(config).items():
+            parts[(f"layers_{layer}", *path)] = tuple(Part(f"model.layers.{layer}.{t.name}", t.rows) for t in tensors)
+    return parts
 
 
-def _layer_tensor_names(config: ModelConfig) -> dict[Path, tuple[str, ...]]:
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    names: dict[Path, tuple[str, ...]] = {
-        ("attention_norm", "scale"): ("input_layernorm.weight",),
-        ("attention", "qkv", "kernel"): tuple(f"{name}.weight" for name in qkv),
-        ("attention", "out", "kernel"): ("self_attn.o_proj.weight",),
-        ("mlp_norm", "scale"): ("post_attention_layernorm.weight",),
-        ("mlp", "gate_up", "kernel"): ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        ("mlp", "down", "kernel"): ("mlp.down_proj.weight",),
+def _layer_tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
+    query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+
+    def qkv(kind: str) -> tuple[Part, ...]:
+        rows = {"q": query_rows, "k": kv_rows, "v": kv_rows}
+        return tuple(Part(f"self_attn.{name}_proj.{kind}", n) for name, n in rows.items())
+
+    parts: dict[Path, tuple[Part, ...]] = {
+        ("attention_norm", "scale"): (Part("input_layernorm.weight"),),
+        ("attention", "qkv", "kernel"): qkv("weight"),
+        ("attention", "out", "kernel"): (Part("self_attn.o_proj.weight"),),
+        ("mlp_norm", "scale"): (Part("post_attention_layernorm.weight"),),
+        ("mlp", "gate_up", "kernel"): tuple(
+            Part(f"mlp.{name}_proj.weight", config.intermediate_size) for name in ("gate", "up")
+        ),
+        ("mlp", "down", "kernel"): (Part("mlp.down_proj.weight"),),
     }
     if config.qkv_bias:
-        names["attention", "qkv", "bias"] = tuple(f"{name}.bias" for name in qkv)
+        parts["attention", "qkv", "bias"] = qkv("bias")
     if config.out_bias:
-        names["attention", "out", "bias"] = ("self_attn.o_proj.bias",)
+        parts["attention", "out", "bias"] = (Part("self_attn.o_proj.bias"),)
     if config.qk_norm:
-        names["attention", "q_norm", "scale"] = ("self_attn.q_norm.weight",)
-        names["attention", "k_norm", "scale"] = ("self_attn.k_norm.weight",)
-    return names
+        parts["attention", "q_norm", "scale"] = (Part("self_attn.q_norm.weight"),)
+        parts["attention", "k_norm", "scale"] = (Part("self_attn.k_norm.weight"),)
+    return parts

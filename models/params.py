@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from models.layers import Dtype
-from models.registry import Params, param_shapes, tensor_names
+from models.parts import Part
+from models.registry import Params, param_shapes, tensor_parts
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
 
@@ -38,13 +39,13 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
       ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
     """
     shapes = flatten_dict(param_shapes(model)["params"])
-    names = tensor_names(model.config)
-    _check_names(names, source, tied=model.config.tie_word_embeddings)
+    parts = tensor_parts(model.config)
+    _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
     leaves = {}
     total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         for path, shape in shapes.items():
-            host = _assemble(source, names[path], shape.shape, jnp.dtype(dtype))
+            host = _assemble(source, parts[path], shape.shape, jnp.dtype(dtype))
             leaves[path] = jax.block_until_ready(jax.device_put(host))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
@@ -71,29 +72,22 @@ def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def _assemble(source: TensorSource, names: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The tensors `names`, cast to `dtype` and joined along axis 0 into `shape`."""
+def _assemble(source: TensorSource, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The tensors of `parts`, cast to `dtype` and joined along axis 0 into `shape`."""
     joined = np.empty(shape, dtype)
     start = 0
-    for name in names:
-        part = source.read(name)
-        stop = start + part.shape[0] if part.ndim else start
-        if part.shape[1:] != shape[1:] or part.ndim != len(shape) or stop > shape[0]:
-            raise ValueError(_wrong_shape(name, part.shape, names, shape))
-        joined[start:stop] = part
-        start = stop
-    if start != shape[0]:
-        raise ValueError(_wrong_shape(names[-1], part.shape, names, shape))
+    for part in parts:
+        rows = part.rows or shape[0]
+        tensor = source.read(part.name)
+        if tensor.shape != (rows, *shape[1:]):
+            needed = [rows, *shape[1:]]
+            raise ValueError(f"tensor {part.name} has shape {list(tensor.shape)}, but the model needs {needed}")
+        joined[start : start + rows] = tensor
+        start += rows
     return joined
 
 
-def _wrong_shape(name: str, found: tuple[int, ...], names: tuple[str, ...], shape: tuple[int, ...]) -> str:
-    whole = "" if len(names) == 1 else f" (together: {', '.join(names)})"
-    return f"tensor {name} has shape {list(found)}, which does not fit the model's {list(shape)}{whole}"
-
-
-def _check_names(names: dict[Any, tuple[str, ...]], source: TensorSource, *, tied: bool) -> None:
-    needed = {name for parts in names.values() for name in parts}
+def _check_names(needed: set[str], source: TensorSource, *, tied: bool) -> None:
     missing = sorted(needed - set(source.names))
     if missing:
         raise ValueError(f"the checkpoint lacks {len(missing)} tensors that the model needs, such as {missing[0]}")

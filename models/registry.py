@@ -12,10 +12,11 @@ from kernels_pallas import attention_backend as resolve_backend
 from models import llama
 from models.config import ModelConfig
 from models.layers import Dtype
+from models.parts import Part, Path
 
 Params = dict[str, Any]
 
-# Architecture -> (the file, the module's name in it). A file also gives `tensor_names(config)` for checkpoints.
+# Architecture -> (the file, the module's name in it). A file also gives `tensor_parts(config)` for checkpoints.
 _FAMILIES: dict[str, tuple[ModuleType, type[nn.Module]]] = {
     "LlamaForCausalLM": (llama, llama.Llama),
     "MistralForCausalLM": (llama, llama.Llama),
@@ -37,9 +38,9 @@ def build_model(config: ModelConfig, *, dtype: Dtype, attention_backend: str = "
     return module(config, dtype, resolve_backend(attention_backend))
 
 
-def tensor_names(config: ModelConfig) -> dict[tuple[str, ...], tuple[str, ...]]:
+def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
     """Parameter path -> the checkpoint's tensors it is made of, joined along axis 0."""
-    return _FAMILIES[config.architecture][0].tensor_names(config)
+    return _FAMILIES[config.architecture][0].tensor_parts(config)
 
 
 def param_shapes(model: nn.Module) -> Params:
