@@ -89,8 +89,8 @@ class Engine:
         check_prompt(prompt_token_ids, self.vocab_size, self.max_model_len)
         if self.tokenizer is None and params.stop_strings:
             raise InvalidRequestError("stop strings need a tokenizer: use stop_token_ids", param="stop")
-        params.validate_for(self.vocab_size, self.config.scheduler.max_logprobs)
         most = self.config.scheduler.max_logprobs
+        params.validate_for(self.vocab_size, most, self.max_model_len, self._stop_token_ids(params))
         if params.logprobs == -1:
             params = replace(params, logprobs=most)
         return replace(params, prompt_logprobs=most) if params.prompt_logprobs == -1 else params
@@ -110,7 +110,6 @@ class Engine:
 
     def _make_requests(self, request_id, prompt_token_ids, params, priority, cache_salt, arrival_time) -> list[Request]:
         """A leader and its siblings. Only the leader computes, and reports on, the whole prompt."""
-        eos = () if params.ignore_eos else self.checkpoint.config.eos_token_ids
         total = len(prompt_token_ids) + (params.max_tokens or self.max_model_len)
         seed = self.seeds.getrandbits(63) if params.seed is None else params.seed
         requests = [
@@ -121,7 +120,7 @@ class Engine:
                 arrival_time=arrival_time,
                 max_total_tokens=min(total, self.max_model_len),
                 seed=seed if index == 0 else random.Random(f"{seed}/{index}").getrandbits(63),
-                stop_token_ids=frozenset((*eos, *(params.stop_token_ids or ()))),
+                stop_token_ids=self._stop_token_ids(params),
                 priority=priority,
                 cache_salt=cache_salt,
                 index=index,
@@ -130,6 +129,10 @@ class Engine:
         ]
         requests[0].siblings.extend(requests[1:])
         return requests
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos = () if params.ignore_eos else self.checkpoint.config.eos_token_ids
+        return frozenset((*eos, *(params.stop_token_ids or ())))
 
     def abort(self, request_id: str) -> None:
         """Ends a request without another delta; unknown and finished ids are fine. Its blocks are free at once."""

@@ -13,6 +13,7 @@ from paged.runner import Runner, RunnerShape
 logger = logging.getLogger(__name__)
 CPU_CACHE_BYTES = 2 << 30
 PROVISIONAL_BLOCKS = 64
+RESERVE = 0.03  # of an accelerator's memory: what compilers and libraries allocate for themselves
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def tree_bytes(tree: Any) -> int:
 
 def usable_memory(device: jax.Device, utilization: float) -> int | None:
     """Bytes that may be used on an accelerator: its size times `utilization`, or the allocator's own limit."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return None if not stats else int(stats["bytes_limit"] * min(1.0, utilization / reserved_fraction()))
+    if device.platform == "cpu" or not (stats := device.memory_stats()):
+        return None
+    return int(stats["bytes_limit"] * min(1.0, utilization / reserved_fraction()) * (1 - RESERVE))
 
 
 def reserved_fraction() -> float:
@@ -81,7 +83,14 @@ def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs) -> i
         budget = min(CPU_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
         budget = limit - tree_bytes(params) - activation_bytes(model, params, shape)
-    return min(max(0, budget // per_block), useful)
+    return min(round_down(max(0, budget // per_block)), useful)
+
+
+def round_down(num_blocks: int) -> int:
+    """Drops less than 1%, so that a little more or less free memory does not change every program's shapes, and
+    with them what the compilation cache holds."""
+    granularity = 1 << max(0, num_blocks.bit_length() - 7)
+    return num_blocks // granularity * granularity
 
 
 def activation_bytes(model: Any, params: Any, shape: RunnerShape) -> int:

@@ -26,9 +26,7 @@ class OutputProcessor:
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> tuple[CompletionDelta, str | None]:
         """The delta that this token makes, and the stop string that it completes."""
         request = self.request
-        text, stop_string = self.detokenizer.append([token_id]) if self.detokenizer else ("", None)
-        if request.finished and stop_string is None and self.detokenizer:
-            text += self.detokenizer.finish()
+        text, stop_string = self._detokenize(token_id)
         first = len(request.output_token_ids) == 1
         delta = CompletionDelta(
             request_id=self.public_id,
@@ -43,6 +41,19 @@ class OutputProcessor:
             metrics=metrics_of(request) if request.finished or stop_string is not None else None,
         )
         return delta, stop_string
+
+    def _detokenize(self, token_id: int) -> tuple[str, str | None]:
+        """The text that the token adds, and the stop string it completes. A token that ends the request is no text,
+        unless include_stop_str_in_output."""
+        request = self.request
+        if self.detokenizer is None:
+            return "", None
+        text, stop_string = "", None
+        if request.finish_reason != "stop" or request.sampling_params.include_stop_str_in_output:
+            text, stop_string = self.detokenizer.append([token_id])
+        if request.finished and stop_string is None:
+            text += self.detokenizer.finish()
+        return text, stop_string
 
     def end(self, error: str) -> CompletionDelta:
         """The delta of a request that ends without a token."""
