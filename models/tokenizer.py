@@ -12,11 +12,11 @@ from tokenizers import models as tokenizer_models
 FastTokenizer = Any  # transformers.PreTrainedTokenizerFast
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
-_LLAMA3 = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
@@ -32,8 +32,8 @@ _PRE_TOKENIZERS = {  # by GGUF's name for how text is cut before merging
     "default": _byte_level(),
     "gpt-2": _byte_level(),
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()]),
-    "llama-bpe": _split(_LLAMA3),
-    "qwen2": _split(_QWEN2),
+    "llama-bpe": _split(LLAMA3_SPLIT),
+    "qwen2": _split(QWEN2_SPLIT),
 }
 
 
