@@ -58,9 +58,10 @@ async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket)
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         logger.info("draining: %d requests to answer, in at most %g s", service.num_in_flight, args.drain_timeout)
         await service.drain()
+    stopped = await service.shutdown(CLOSE_SECONDS)  # ends what is left with an error, which is still sent
     http.should_exit = True
     await serving
-    if not await service.shutdown(CLOSE_SECONDS):
+    if not stopped:
         exit_now(status)
     logger.info("stopped")
     return status

@@ -134,7 +134,7 @@ def tiny(tmp_path_factory, tiny_model) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="session")
 def smollm(tmp_path_factory) -> Iterator[ServerProcess]:
     """A server of the default model for all tests."""
-    flags = ["--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "512", "--max-num-batched-tokens", "128"]
+    flags = ["--dtype", "float32", "--max-num-seqs", "2", "--max-model-len", "512", "--max-num-batched-tokens", "32"]
     server = wait_until_ready(launch(tmp_path_factory.mktemp("server") / "smollm.log", *flags))
     yield server
     assert server.stop() == 0, server.log.read_text()

@@ -87,7 +87,7 @@ def test_bytes_of_the_tokens_make_up_the_text(client):
     options = {"max_tokens": 40, "extra_body": {"ignore_eos": True, "skip_special_tokens": False}}
     answer = ask(client, UNICODE, logprobs=True, **options).choices[0]
     raw = b"".join(bytes(token.bytes) for token in answer.logprobs.content)
-    assert raw.decode(errors="replace") == answer.message.content
+    assert raw.decode(errors="ignore") == answer.message.content  # which leaves out half a character at the end
     assert any("\ufffd" in token.token for token in answer.logprobs.content)
 
 
@@ -109,7 +109,8 @@ def test_both_names_of_max_tokens(client):
 
 
 def test_default_length_is_the_rest_of_the_context(client):
-    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, extra_body={"ignore_eos": True})
+    messages = [{"role": "user", "content": "word " * 440}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body={"ignore_eos": True})
     assert answer.usage.total_tokens == 512
     assert answer.choices[0].finish_reason == "length"
 

@@ -1,5 +1,6 @@
 """Loading, draining, and the ways in which a start fails."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -42,7 +43,10 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         body = ENDLESS | {"max_tokens": self.max_tokens, "stream": True}
-        with httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=120) as response:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),  # cut off: what came before is in `lines`
+            httpx.stream("POST", self.url + "/v1/completions", json=body, timeout=120) as response,
+        ):
             for line in response.iter_lines():
                 self.lines += [line] if line else []
                 self.started.set()
