@@ -4,16 +4,19 @@ Shape letters: T tokens in the step, S sequences, B blocks in the pool, N tokens
 sequence's table, H query heads, K key/value heads, G = H / K, D head size.
 """
 
+import importlib
+import logging
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
 
-from kernels_pallas import reference
+log = logging.getLogger(__name__)
 
 Cache = Any  # one layer's keys and values: a pytree whose layout is the implementation's own business
-_IMPLEMENTATIONS = {"reference": reference}
+_IMPLEMENTATIONS = {"reference": "kernels_pallas.reference", "mosaic_gpu": "kernels_pallas.gpu.attention"}
 
 
 @partial(
@@ -44,15 +47,33 @@ class AttentionBatch:
 def attention_backend(name: str = "auto") -> str:
     """Resolves "auto" to the implementation for the default device, by capability; checks any other name."""
     if name == "auto":
-        return "reference"
+        return _fastest(jax.devices()[0])
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"attention backend {name!r} is not one of: auto, {', '.join(_IMPLEMENTATIONS)}")
     return name
 
 
+def _fastest(device: jax.Device) -> str:
+    if device.platform != "gpu":
+        return "reference"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability.split(".")[0] == "9":
+        return "mosaic_gpu"
+    log.warning(
+        "%s has compute capability %s and the attention kernels need Hopper's (9.0): attention runs through plain XLA",
+        device.device_kind,
+        capability,
+    )
+    return "reference"
+
+
+def _implementation(backend: str) -> ModuleType:
+    return importlib.import_module(_IMPLEMENTATIONS[backend])
+
+
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:
     """The pytree of jax.ShapeDtypeStruct that one layer's cache has under `backend`."""
-    return _IMPLEMENTATIONS[backend].cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
+    return _implementation(backend).cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
 
 def ragged_paged_attention(
@@ -81,6 +102,6 @@ def ragged_paged_attention(
     Returns:
       [T, H, D] in q's dtype, zeros in padding rows, and the cache.
     """
-    return _IMPLEMENTATIONS[backend].ragged_paged_attention(
+    return _implementation(backend).ragged_paged_attention(
         q, k, v, cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )

@@ -4,29 +4,26 @@ Decode is bound by memory, so everything here serves one end: keep copies of pag
 is cut into splits (flash decoding), sized by its own length alone, so that its result never depends on the rest of
 the batch. The grid is persistent: each CTA takes (sequence, split, key/value head) items off a list, its memory
 warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its compute warpgroup
-multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows hold
-whatever shared memory held, are computed for nothing and never stored. A second kernel merges the splits.
+multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are
+copies, are computed for nothing and never stored. The last split of a sequence to finish merges all of them.
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+
+from kernels_pallas.gpu.rows import ROWS, load_column, load_rows, store_column, store_rows
+from kernels_pallas.gpu.splits import is_last, merge, stored_rows
 
 TILE = 64  # cached tokens multiplied at a time
-ROWS = 64  # rows of a wgmma
-WARPGROUP = 128  # threads
-MERGED = 4  # splits merged at a time
 LOG2E = math.log2(math.e)
-SEQ, FIRST, STOP, LEN, SPLIT, SPLITS, FIELDS = 0, 1, 2, 3, 4, 5, 8  # columns of the list of work, and its width
+FIELDS = 8  # columns of the list of work: sequence, first token, last token + 1, kv_len, split, splits, and padding
 _PARAMS = plgpu.CompilerParams(
     approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
@@ -58,17 +55,16 @@ class DecodeConfig:
 def list_work(kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig):
     """The items of work, before the split over key/value heads.
 
-    Returns int32[W, FIELDS], int32[1], how many of them are real, and int32[S], how many are of each sequence.
-
-    Depends on nothing but lengths, so one list serves all layers that have the same window.
+    Returns int32[W, FIELDS] and int32[1], how many of them are real. They depend on nothing but lengths, so that one
+    list serves all layers that have the same window.
     """
     S = kv_lens.shape[0]
     visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
     max_splits = min(config.max_splits, pl.cdiv(visible, config.min_split))
-    start = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0) // TILE * TILE
+    start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
     tokens = kv_lens - start
     split = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
-    splits = pl.cdiv(tokens, split)
+    splits = jnp.where(kv_lens < 0, 0, jnp.maximum(pl.cdiv(tokens, split), 1))
     before = jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], splits[None, :], 0), axis=1)
     j = jnp.arange(max_splits)[None, :]
     first = start[:, None] + j * split[:, None]
@@ -78,7 +74,7 @@ def list_work(kv_lens, block_table_tokens: int, window: int | None, config: Deco
     place = jnp.where(j < splits[:, None], before[:, None] + j, S * max_splits)
     work = jnp.zeros((S * max_splits, FIELDS), jnp.int32)
     work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(splits).astype(jnp.int32)[None], splits.astype(jnp.int32)
+    return work, jnp.sum(splits).astype(jnp.int32)[None]
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
@@ -90,7 +86,7 @@ def decode_attention(
     Args:
       q: [S, H, D], of the cache's dtype (bfloat16 or float16); D is 64, 128 or 256.
       keys, values: [B, K, N, D] with N a power of two of at least 8; H / K is at most 16.
-      kv_lens: int32[S]. Rows of 0 are left as they are: undefined.
+      kv_lens: int32[S]; 0 gives zeros, and where it is negative nothing is done and the row is undefined.
       block_tables: int32[S, P].
       sinks: float32[H] or None.
       scale, window, soft_cap: see kernels_pallas.attention.
@@ -102,21 +98,25 @@ def decode_attention(
     K, N = keys.shape[1:3]
     G = H // K
     config = config or DecodeConfig.of(D)
-    work, count, splits = list_work(kv_lens, block_tables.shape[1] * N, window, config)
+    work, count = list_work(kv_lens, block_tables.shape[1] * N, window, config)
     max_splits = work.shape[0] // S
-    stored = G if G * D % WARPGROUP == 0 else G + 1  # rows of a head, as the merge takes whole warpgroups
+    stored = stored_rows(G, D)
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=tiled)
     slots = config.workers * config.stages
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
-    parts, stats = plgpu.kernel(
+    out, *_ = plgpu.kernel(
         partial(
-            _attend, K=K, G=G, config=config, logits=partial(_logits, scale=scale, window=window, soft_cap=soft_cap)
+            _attend,
+            config=config,
+            logits=partial(_logits, scale=scale, window=window, soft_cap=soft_cap),
+            sinks_given=sinks is not None,
         ),
         out_type=(
-            jax.ShapeDtypeStruct((S, max_splits, K, stored * D), jnp.float32),
-            jax.ShapeDtypeStruct((S, max_splits, K, 2, stored), jnp.float32),
+            jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
+            jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
+            *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
         ),
         grid=(_num_sms(),),
         grid_names=("cta",),
@@ -126,26 +126,18 @@ def decode_attention(
         scratch_types=[
             plgpu.SMEM((config.workers, ROWS, D), q.dtype, transforms=tiled),
             *(ring, ring),
-            plgpu.Barrier(num_barriers=config.workers),
+            plgpu.SMEM((config.workers, 1), jnp.int32),
             *(full, full, free, free),
         ],
         compiler_params=_PARAMS,
-    )(work, count, q.reshape(S * H, D), keys, values, block_tables)
-    out = plgpu.kernel(
-        partial(_merge, G=G, D=D, sinks_given=sinks is not None),
-        out_type=jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
-        grid=(S, K),
-        grid_names=("sequence", "head"),
-        kernel_name="decode_attention_merge",
-        compiler_params=_PARAMS,
-    )(splits, parts, stats, splits if sinks is None else sinks)
+    )(work, count, jnp.zeros((S, K, 1), jnp.int32), q, keys, values, block_tables, count if sinks is None else sinks)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
-def _attend(work, count, q, keys, values, tables, parts, stats, *scratch, K, G, config, logits):
-    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
-    _, _, N, D = keys.shape
-    H = K * G
+def _attend(work, count, arrived, q, keys, values, tables, sinks, *refs, config, logits, sinks_given):
+    out, parts, maxima, totals, q_smem, k_smem, v_smem, shared, k_ready, v_ready, k_free, v_free = refs
+    _, K, N, D = keys.shape
+    G = q.shape[1] // K
     warpgroup = lax.axis_index("warpgroup")
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
@@ -159,16 +151,35 @@ def _attend(work, count, q, keys, values, tables, parts, stats, *scratch, K, G, 
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
 
+        def finish(acc, m, total, seq, h, split, splits):
+            @pl.when(splits == 1)
+            def alone():
+                denominator = total
+                if sinks_given:
+                    denominator += jnp.exp2(load_column(sinks.at[pl.ds(h * G, G)], G) * LOG2E - m)
+                inverse = jnp.where(denominator > 0, 1 / denominator, 0.0)
+                result = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                store_rows(out.at[seq, h], result.astype(out.dtype), G)
+
+            @pl.when(splits > 1)
+            def among_others():
+                store_rows(parts.at[seq, h, split], acc, G)
+                store_column(maxima.at[seq, h, split], m, G)
+                store_column(totals.at[seq, h, split], total, G)
+
+                @pl.when(is_last(arrived.at[seq, h], shared.at[me], splits))
+                def last():
+                    head_sinks = [sinks[h * G + g] * LOG2E for g in range(G)] if sinks_given else None
+                    found = parts.at[seq, h], maxima.at[seq, h], totals.at[seq, h]
+                    out[seq, h] = merge(*found, head_sinks, splits, D).astype(out.dtype)
+
         def item(i, step):
             i = worker + i * workers
             w, h = lax.div(i, jnp.int32(K)), lax.rem(i, jnp.int32(K))
-            seq, first, stop, length, split = (work[w, f] for f in (SEQ, FIRST, STOP, LEN, SPLIT))
-            fetched = 8 if G <= 8 else 16  # rows past the last are zeros, rows past G belong to others
-            plgpu.copy_gmem_to_smem(
-                q.at[pl.ds(seq * H + h * G, fetched)], q_smem.at[me, pl.ds(0, fetched)], q_ready.at[me]
-            )
+            seq, first, stop, length, split, splits = (work[w, f] for f in range(6))
+            q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
+            plgpu.commit_smem()
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
-            plgpu.barrier_wait(q_ready.at[me])
 
             def tile(t, carry):
                 acc, m, total = carry
@@ -194,9 +205,7 @@ def _attend(work, count, q, keys, values, tables, parts, stats, *scratch, K, G, 
                 return acc, m_new, total
 
             acc, m, total = lax.fori_loop(0, tiles, tile, _empty(D))
-            _store_rows(parts.at[seq, split, h], acc, G)
-            _store_column(stats.at[seq, split, h, 0], m, G)
-            _store_column(stats.at[seq, split, h, 1], total, G)
+            finish(acc, m, total, seq, h, split, splits)
             return step + tiles
 
         lax.fori_loop(0, mine, item, jnp.int32(0))
@@ -209,7 +218,7 @@ def _attend(work, count, q, keys, values, tables, parts, stats, *scratch, K, G, 
         def item(i, step):
             i = worker + i * workers
             w, h = lax.div(i, jnp.int32(K)), lax.rem(i, jnp.int32(K))
-            seq, first, stop = work[w, SEQ], work[w, FIRST], work[w, STOP]
+            seq, first, stop = (work[w, f] for f in range(3))
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
             def tile(t, _):
@@ -259,77 +268,6 @@ def _empty(D):
     column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
     return acc, column - jnp.inf, column
-
-
-def _store_rows(ref, x, count):
-    """Stores the first `count` rows of x [ROWS, D] to ref [count * D or more], straight from registers."""
-    D = x.shape[1]
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
-    def store(_, ref, x):
-        index = ir.IndexType.get()
-        for (row, column), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, mgpu.c(count, index))):
-                vector.store(register, ref, [arith.addi(arith.muli(row, mgpu.c(D, index)), column)])
-
-    store(ref, x)
-
-
-def _store_column(ref, x, count):
-    """Stores the first `count` values of x [ROWS]."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA.reduce(1)))
-    def store(_, ref, x):
-        index = ir.IndexType.get()
-        for (row,), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.ult, row, mgpu.c(count, index))):
-                vector.store(register, ref, [row])
-
-    store(ref, x)
-
-
-def _merge(splits, parts, stats, sinks, out, *, G, D, sinks_given):
-    """One key/value head of one sequence: the online softmax once more, over what its splits found."""
-    seq, head = lax.axis_index("sequence"), lax.axis_index("head")
-    size = out.shape[-1]
-    vector_size = next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0)
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=vector_size)
-    row = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) // D
-    n = splits[seq]
-
-    def spread(values):  # one value a row, to all of the row
-        x = plgpu.layout_cast(jnp.full((size,), values[0], jnp.float32), layout)
-        for g in range(1, G):
-            x = jnp.where(row == g, values[g], x)
-        return x
-
-    def chunk(c, carry):
-        acc, m, total = carry
-        js = [c * MERGED + u for u in range(MERGED)]
-        clamped = [jnp.minimum(j, n - 1) for j in js]
-        part = [plgpu.load(parts.at[seq, j, head], layout=layout) for j in clamped]
-        part_m = [
-            [jnp.where(j < n, stats[seq, at, head, 0, g], -jnp.inf) for g in range(G)]
-            for j, at in zip(js, clamped, strict=True)
-        ]
-        part_l = [[stats[seq, at, head, 1, g] for g in range(G)] for at in clamped]
-        m_new = [jnp.maximum(m[g], reduce(jnp.maximum, [pm[g] for pm in part_m])) for g in range(G)]
-        decay = [jnp.exp2(m[g] - m_new[g]) for g in range(G)]
-        weights = [[jnp.exp2(pm[g] - m_new[g]) for g in range(G)] for pm in part_m]
-        acc = acc * spread(decay)
-        total = [total[g] * decay[g] for g in range(G)]
-        for p, w, part_total in zip(part, weights, part_l, strict=True):
-            acc += p * spread(w)
-            total = [total[g] + w[g] * part_total[g] for g in range(G)]
-        return acc, m_new, total
-
-    zero = jnp.float32(0)
-    m = [sinks[head * G + g] * LOG2E if sinks_given else zero - jnp.inf for g in range(G)]
-    total = [zero + 1 if sinks_given else zero for g in range(G)]
-    acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
-    acc, _, total = lax.fori_loop(0, lax.div(n + MERGED - 1, jnp.int32(MERGED)), chunk, (acc, m, total))
-    inverse = [jnp.where(total[g] > 0, 1 / total[g], 0.0) for g in range(G)]
-    out[seq, head] = (acc * spread(inverse)).astype(out.dtype)
 
 
 def _num_sms() -> int:

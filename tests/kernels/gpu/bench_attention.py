@@ -11,20 +11,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.gpu import attention_mgpu
 
-from kernels_pallas.gpu import decode
+from kernels_pallas.gpu import decode, prefill
 from tests.kernels.gpu import paged
 
 COPY_BANDWIDTH = 2.95e12  # bytes a second, read and written, of a device copy on an H100
+MATMUL_PEAK = 740e12  # measured with XLA, bfloat16
 L2 = 50e6
 
 
-def seconds(step, *args, calls, repeats=5):
+def seconds(step, *args, calls, repeats=5, programs=20):
     """Median time of one of the `calls` chained in step."""
     jax.block_until_ready(step(*args))
     times = []
     for _ in range(repeats):
-        programs = 20
         start = time.perf_counter()
         for _ in range(programs):
             out = step(*args)
@@ -72,7 +73,54 @@ def decode_table(configs=(None,)):
                 print(f"{name:11} {S:4} x {length:6}: {ours}, floor {best}, {floor / taken:6.1%}, error {wrong:.4f}")
 
 
+def time_prefill(S, length, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=8, config=None, **options):
+    lens = np.full(S, cached + length, np.int32)
+    tables, (cache,) = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=dtype)
+    cu_q_lens = jnp.arange(S + 1, dtype=jnp.int32) * length
+    q = jax.random.normal(jax.random.key(1), (S * length, H, D), jnp.float32).astype(dtype)
+    attend = partial(prefill.prefill_attention, scale=D**-0.5, config=config, **options)
+
+    @jax.jit
+    def step(q, cache, kv_lens, tables, cu_q_lens, num_seqs):
+        for _ in range(calls):
+            q = attend(q, *cache, kv_lens, tables, cu_q_lens, num_seqs)
+        return q
+
+    args = jnp.asarray(lens), tables, cu_q_lens, jnp.asarray([0, S], jnp.int32)
+    taken = seconds(step, q, cache, *args, calls=calls, programs=5)
+    pairs = S * (length * cached + length * (length + 1) / 2)
+    return taken, 4 * D * H * pairs
+
+
+def time_dense(S, length, *, H, K, D, calls=8):
+    """The dense causal kernel that ships in jax, on equal shapes."""
+    config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
+    q, k, v = (jax.random.normal(jax.random.key(i), (S, length, h, D), jnp.float16) for i, h in enumerate((H, K, K)))
+
+    @jax.jit
+    def step(q, k, v):
+        for _ in range(calls):
+            q = attention_mgpu.attention(q, k, v, config)
+        return q
+
+    return seconds(step, q, k, v, calls=calls, programs=5)
+
+
+PROMPTS = [(1, 8192, 0), (4, 2048, 0), (16, 512, 0), (64, 128, 0), (1, 2048, 0), (1, 2048, 30720)]
+
+
+def prefill_table():
+    for name, heads in (("llama", LLAMA), ("qwen3-0.6b", QWEN)):
+        for S, length, cached in PROMPTS:
+            taken, flops = time_prefill(S, length, cached, **heads)
+            rate = f"{flops / taken / 1e12:6.1f} TFLOP/s, {flops / taken / MATMUL_PEAK:6.1%}"
+            dense = "" if cached or length < 256 else f", dense {time_dense(S, length, **heads) * 1e6:8.1f} us"
+            print(f"{name:11} {S:3} x {length:5} after {cached:5}: {taken * 1e6:8.1f} us, {rate}{dense}", flush=True)
+
+
 if __name__ == "__main__":
     print(jax.devices()[0].device_kind, jax.__version__)
     if "decode" in sys.argv:
         decode_table()
+    if "prefill" in sys.argv:
+        prefill_table()

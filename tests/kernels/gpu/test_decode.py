@@ -62,3 +62,17 @@ def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
     for s in range(len(LENS)):
         alone = decode_attention(q[s : s + 1], *cache, kv_lens[s : s + 1], tables[s : s + 1], **options)
         np.testing.assert_array_equal(np.asarray(alone[0], np.float32), np.asarray(together[s], np.float32))
+
+
+def test_calls_in_one_program_do_not_disturb_each_other():
+    """The counters that splits meet at are shared by all layers, and are zero again after each."""
+    q, cache, kv_lens, tables, options = case(4, *SHAPES[0], jnp.bfloat16)
+
+    def attend(q):
+        return decode_attention(q, *cache, kv_lens, tables, **options)
+
+    together = jax.jit(lambda q: attend(attend(attend(q))))
+    np.testing.assert_array_equal(
+        np.asarray(together(q), np.float32), np.asarray(attend(attend(attend(q))), np.float32)
+    )
+    np.testing.assert_array_equal(np.asarray(together(q), np.float32), np.asarray(together(q), np.float32))

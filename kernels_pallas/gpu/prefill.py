@@ -1,0 +1,249 @@
+"""Prefill attention: many query tokens a sequence, ragged, over paged keys and values.
+
+FlashAttention-3 (arXiv 2407.08608) over a block table. A CTA owns a tile of queries of one sequence: two compute
+warpgroups of 64 rows each take turns on the tensor cores, one multiplying while the other does its softmax, and a
+memory warpgroup copies pages into a ring of tiles. The warpgroups take two query heads of one key/value head over
+the same tokens where there are two, else two runs of tokens of one head. Rows are stored from registers, one by one
+up to the sequence's end, so that what belongs to the next sequence is never touched.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.gpu.rows import ROWS, load_rows, store_rows
+
+COMPUTE = 2  # warpgroups that multiply
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # finite, so that a row that has seen nothing yet yields no NaN
+ROW, COUNT, POSITION, KV_LEN, SEQ, FIELDS = 0, 1, 2, 3, 4, 8  # columns of the list of work, and its width
+_PARAMS = plgpu.CompilerParams(
+    approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How the kernel is laid out on the machine.
+
+    Attributes:
+      tile: cached tokens multiplied at a time.
+      stages: tiles of keys, and of values, in flight.
+    """
+
+    tile: int
+    stages: int
+
+    @classmethod
+    def of(cls, head_dim: int) -> "PrefillConfig":
+        """Fills the 227 KB of an H100's shared memory with 2 * ROWS queries and the ring."""
+        tile, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[head_dim]
+        return cls(tile, stages)
+
+
+def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int):
+    """The tiles of `tokens` queries, the longest walks of each sequence first: int32[W, FIELDS].
+
+    Tiles of no tokens close the list. Padding rows are one more sequence that sees nothing, so that they become zeros.
+    """
+    S = kv_lens.shape[0]
+    seq = jnp.arange(S + 1)
+    start = jnp.where(seq < num_seqs[1], cu_q_lens, cu_q_lens[num_seqs[1]])
+    stop = jnp.where(seq < num_seqs[1], jnp.append(cu_q_lens[1:], T), jnp.where(seq == num_seqs[1], T, start))
+    tiles = jnp.where(seq >= num_seqs[0], pl.cdiv(stop - start, tokens), 0)
+    through = jnp.sum(jnp.where(seq[:, None] >= seq[None, :], tiles[None, :], 0), axis=1)
+    i = jnp.arange(pl.cdiv(T, tokens) + S + 1)
+    s = jnp.minimum(jnp.sum(through[None, :] <= i[:, None], axis=1), S)
+    tile = through[s] - 1 - i
+    row = start[s] + tile * tokens
+    count = jnp.where(tile >= 0, jnp.minimum(stop[s] - row, tokens), 0)
+    kv_len = jnp.append(kv_lens, 0)[s]
+    position = kv_len - (stop[s] - row)
+    seen = jnp.where(s < num_seqs[1], jnp.minimum(kv_len, position + tokens), 0)
+    columns = [row, count, position, seen, s, 0, 0, 0]
+    return jnp.stack([jnp.broadcast_to(c, i.shape) for c in columns], axis=-1).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
+def prefill_attention(
+    q, keys, values, kv_lens, block_tables, cu_q_lens, num_seqs, sinks=None, *, scale, window=None, soft_cap=None,
+    config=None,
+):  # fmt: skip
+    """Attends with the queries of sequences num_seqs[0] to num_seqs[1] - 1, causally.
+
+    Args:
+      q: [T, H, D], of the cache's dtype (bfloat16 or float16); D is 64, 128 or 256.
+      keys, values: [B, K, N, D] with N a power of two of at least 8; this step's tokens are in them already.
+      kv_lens: int32[S]. block_tables: int32[S, P]. cu_q_lens: int32[S + 1]. num_seqs: int32[2].
+      sinks: float32[H] or None.
+      scale, window, soft_cap: see kernels_pallas.attention.
+
+    Returns:
+      [T, H, D] in q's dtype: zeros behind the last sequence, undefined before sequence num_seqs[0].
+    """
+    T, H, D = q.shape
+    _, K, N, _ = keys.shape
+    G = H // K
+    config = config or PrefillConfig.of(D)
+    heads = COMPUTE if G % COMPUTE == 0 else 1
+    work = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads)
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=tiled)
+    full = plgpu.Barrier(num_arrivals=max(1, config.tile // N), num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
+    return plgpu.kernel(
+        partial(
+            _attend, G=G, heads=heads, config=config, scale=scale, window=window, soft_cap=soft_cap,
+            sinks_given=sinks is not None,
+        ),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(work.shape[0], H // heads),
+        grid_names=("tile", "heads"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        kernel_name="prefill_attention",
+        scratch_types=[
+            plgpu.SMEM((COMPUTE, ROWS, D), q.dtype, transforms=tiled),
+            *(ring, ring),
+            *(full, full, free, free),
+            plgpu.Barrier(num_arrivals=COMPUTE),
+        ],
+        compiler_params=_PARAMS,
+    )(work, q, keys, values, block_tables, num_seqs if sinks is None else sinks)  # fmt: skip
+
+
+def _attend(
+    work, q, keys, values, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
+):
+    q_smem, k_smem, v_smem, k_ready, v_ready, k_free, v_free, turn = scratch
+    D = q.shape[-1]
+    N = keys.shape[2]
+    i = lax.axis_index("tile")
+    me = lax.axis_index("warpgroup")
+    head = lax.axis_index("heads") * heads
+    row, count, position, seen, seq = (work[i, f] for f in (ROW, COUNT, POSITION, KV_LEN, SEQ))
+    tile, stages = jnp.int32(config.tile), jnp.int32(config.stages)
+    lowest = jnp.int32(0) if window is None else jnp.maximum(position - (window - 1), 0)
+    begin = lax.div(lowest, tile)
+    end = jnp.maximum(lax.div(seen + tile - 1, tile), begin)
+
+    @pl.when((count > 0) & (me < COMPUTE))
+    def compute():
+        plgpu.set_max_registers(232, action="increase")
+        my_head = head + (me if heads > 1 else 0)
+        offset = 0 if heads > 1 else me * ROWS
+        first = position + offset
+        q_smem[me] = load_rows(q.at[pl.ds(row + offset, ROWS), my_head], count - offset)
+        plgpu.commit_smem()
+
+        def take_turn():
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(turn)
+
+        @pl.when(begin < end)
+        def _():
+            plgpu.barrier_wait(k_ready.at[0])
+
+        pl.when(me == 1)(take_turn)
+
+        def step(t, carry, masked):
+            acc, m, total = carry
+            slot = lax.rem(t - begin, stages)
+
+            def multiply(scores):
+                plgpu.wgmma(scores, q_smem.at[me], k_smem.at[slot].transpose((1, 0)))
+                take_turn()
+                return scores[...]
+
+            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, config.tile), jnp.float32))
+            plgpu.barrier_arrive(k_free.at[slot])
+            unit = scale * LOG2E
+            if soft_cap is not None:
+                scores = 1 - 2 / (jnp.exp2(scores * (2 * unit / soft_cap)) + 1)
+                unit = soft_cap * LOG2E
+            if masked:
+                scores = jnp.where(_visible(scores.shape, first, t * tile, window), scores, MASKED)
+            m_new = jnp.maximum(m, scores.max(axis=1) * unit)
+            decay = jnp.exp2(m - m_new)
+            p = jnp.exp2(scores * unit - lax.broadcast_in_dim(m_new, scores.shape, [0]))
+            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+            total *= decay
+            narrow = p.astype(q.dtype)
+            if D <= 128:
+                total += p.sum(axis=1)
+                acc, total, m_new, narrow = lax.optimization_barrier((acc, total, m_new, narrow))
+            plgpu.barrier_arrive(turn)
+            plgpu.barrier_wait(v_ready.at[slot])
+            plgpu.barrier_wait(turn)
+            if D > 128:
+                total += p.sum(axis=1)
+
+            def weigh(acc):
+                plgpu.wgmma(acc, narrow, v_smem.at[slot])
+
+                @pl.when(t + 1 < end)
+                def _():
+                    plgpu.barrier_wait(k_ready.at[lax.rem(t + 1 - begin, stages)])
+
+            acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, m_new, total
+
+        carry = _start(D)
+        whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
+        if window is not None:
+            inside = jnp.clip(lax.div(jnp.maximum(first + ROWS - window, 0) + tile - 1, tile), begin, whole)
+            carry = lax.fori_loop(begin, inside, partial(step, masked=True), carry)
+        else:
+            inside = begin
+        carry = lax.fori_loop(inside, whole, partial(step, masked=False), carry)
+        acc, m, total = lax.fori_loop(whole, end, partial(step, masked=True), carry)
+        pl.when(me == 0)(take_turn)
+        if sinks_given:
+            total += jnp.exp2(sinks[my_head] * LOG2E - m)
+        inverse = jnp.where(total > 0, 1 / total, 0.0)
+        acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+        store_rows(out.at[pl.ds(row + offset, ROWS), my_head], acc.astype(out.dtype), count - offset)
+
+    @pl.when((count > 0) & (me == COMPUTE))
+    def copy():
+        plgpu.set_max_registers(40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(G))
+
+        def step(t, _):
+            slot = lax.rem(t - begin, stages)
+            slabs = [_slab(tables, seq, kv_head, t * tile, N, config.tile, p) for p in range(max(1, config.tile // N))]
+            for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
+                pl.when(t - begin >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
+                for p, slab in enumerate(slabs):
+                    rows = pl.ds(p * min(N, config.tile), min(N, config.tile))
+                    plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[slot, rows], ready.at[slot])
+
+        lax.fori_loop(begin, end, step, None)
+
+
+def _slab(tables, seq, head, token, N, tile, p):
+    """Where the p-th page of the tile at `token` lies; behind the table's end, its last entry."""
+    tile_of_page = () if tile >= N else (pl.ds(lax.rem(token, jnp.int32(N)), tile),)
+    index = lax.div(token, jnp.int32(N)) + p
+    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)], head, *tile_of_page
+
+
+def _visible(shape, query, cached, window):
+    """Which of the queries from position `query` on see which of the cached tokens from `cached` on."""
+    behind = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (query - cached)
+    behind -= plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    seen = behind >= 0
+    return seen if window is None else seen & (behind < window)
+
+
+def _start(D):
+    """Nothing seen: the weighted sum [ROWS, D], the maximum [ROWS] in base 2 and the denominator [ROWS]."""
+    column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    return plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA), column + MASKED, column

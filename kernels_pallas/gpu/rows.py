@@ -1,0 +1,70 @@
+"""Moves the first rows of a wgmma tile between registers and device memory, one by one.
+
+The copy engine moves whole, aligned tiles; a ragged batch begins and ends anywhere.
+"""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
+
+ROWS = 64  # of a wgmma
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def load_rows(ref, count) -> jax.Array:
+    """The first `count` rows of ref [any, D], as [ROWS, D]; the rest repeat the last, or row 0 where there is none."""
+    return _load(ref, count, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA)
+
+
+def load_column(ref, count) -> jax.Array:
+    """The first `count` values of ref [any], as [ROWS], the layout of a wgmma tile's rows; the rest repeat the last."""
+    return _load(ref, count, (ROWS,), plgpu.Layout.WGMMA.reduce(1))
+
+
+def store_rows(ref, x, count) -> None:
+    """Stores the first `count` rows of x [ROWS, D] to ref [any, D], or flat, [any * D]."""
+    _store(ref, x, count, plgpu.Layout.WGMMA)
+
+
+def store_column(ref, x, count) -> None:
+    """Stores the first `count` values of x [ROWS] to ref [any]."""
+    _store(ref, x, count, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _load(ref, count, shape, layout):
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
+    )
+    def load(_, ref, count):
+        index, tiled = ir.IndexType.get(), layout.to_mgpu()
+        last = arith.subi(arith.index_cast(index, count.registers.item()), mgpu.c(1, index))
+        last = arith.maxsi(last, mgpu.c(0, index))
+        kind = tiled.registers_element_type(ir.MemRefType(ref.type).element_type)
+        registers = np.empty(tiled.registers_shape(shape), dtype=object)
+        for i, (row, *column) in enumerate(tiled.thread_idxs(shape)):
+            registers.flat[i] = vector.load(kind, ref, [arith.minsi(row, last), *column])
+        return FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
+
+    return load(ref, jnp.asarray(count, jnp.int32))
+
+
+def _store(ref, x, count, layout):
+    flat = len(ref.shape) < x.ndim
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR))
+    def store(_, ref, x, count):
+        index = ir.IndexType.get()
+        last = arith.index_cast(index, count.registers.item())
+        for place, register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
+            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place[0], last)):
+                if flat:
+                    place = (arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1]),)
+                vector.store(register, ref, place)
+
+    store(ref, x, jnp.asarray(count, jnp.int32))
