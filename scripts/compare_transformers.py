@@ -42,7 +42,7 @@ PROMPTS = (
 class CompareArgs:
     _argument_group_name: ClassVar[str] = "comparison"
 
-    transformers_python: str = option(sys.executable, "interpreter that has torch, transformers (and gguf)")
+    transformers_python: str | None = option(None, "Python that has torch, transformers, gguf; none: this one")
     model: str | None = option(None, "checkpoint directory or .gguf file; none: the default model")
     batch: tuple[int, ...] = option((16, 1), "prompts at once, several values")
     tokens: int = option(128, "tokens generated for each prompt")
@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     llm = LLM(
         args.model, dtype="float32", max_num_seqs=max(args.batch), enable_prefix_caching=False, max_model_len=1024
     )
-    other = Transformers(args.transformers_python, args.model or str(default_model_path()), args.threads)
+    other = Transformers(
+        args.transformers_python or sys.executable, args.model or str(default_model_path()), args.threads
+    )
     report = Report("compare_transformers", {"machine": machine(), "other": other.versions, "threads": args.threads})
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True, detokenize=False)
 

@@ -29,8 +29,8 @@ class MeasureArgs:
     _argument_group_name: ClassVar[str] = "measurement"
 
     repeats: int = option(3, "times that each figure is measured; the median is shown")
-    bandwidth: float | None = option(None, "bytes/s that the device can copy; none: measured at the start")
-    peak_flops: float | None = option(None, "operations/s of its best matrix product; none: measured at the start")
+    bandwidth: float | None = option(None, "bytes/s that a copy moves; none: measured first")
+    peak_flops: float | None = option(None, "operations/s of a matrix product; none: measured first")
 
     def __post_init__(self) -> None:
         require(self.repeats >= 1, "repeats", "must be at least 1")
