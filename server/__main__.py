@@ -48,6 +48,7 @@ async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket)
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
+    logger.info("listening on %s:%d, loading %s", *listener.getsockname()[:2], config.model.model)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     loading = asyncio.create_task(service.load())
     stopping = asyncio.create_task(stop.wait())
@@ -123,8 +124,6 @@ def main() -> None:
     )
     set_up_logging(server.log_level)
     listener = listen(server.host, server.port)
-    host, port = listener.getsockname()[:2]
-    logger.info("listening on %s:%d, loading %s", host, port, model.model)
     config = EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner)
     sys.exit(asyncio.run(serve(server, config, listener)))
 

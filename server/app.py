@@ -23,7 +23,7 @@ from server.metrics import package_version
 from server.service import Service
 from server.streaming import EventStream, stream_chunks
 
-LARGE_BODY = 16 * 1024  # bytes; tokenizing more than this takes longer than a hop to a thread
+LARGE_BODY = 4 * 1024  # bytes; tokenizing more takes milliseconds, longer than a hop to a thread
 EXPECTED = (ApiError, HTTPException, InvalidRequestError, QueueFullError, EngineStoppedError, RequestFailedError)
 
 

@@ -56,6 +56,7 @@ def test_names_and_labels(tiny):
         "stop", "length", "abort", "error",
     }  # fmt: skip
     assert "process_resident_memory_bytes" in samples
+    assert samples["vllm:cache_config_info"][0].labels["num_gpu_blocks"] == "2100"
 
 
 @pytest.mark.parametrize(
