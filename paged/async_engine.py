@@ -82,7 +82,8 @@ class AsyncEngine:
         self.served_model_name: str = config.model.model
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._closed = False
+        self._closing = threading.Lock()
         self._error: BaseException | None = None
         self._busy_since: float | None = None  # start of the step under way; None when idle
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -125,7 +126,10 @@ class AsyncEngine:
                 stream.put(error)
                 stream.loop.call_soon_threadsafe(stream.wake)
 
-        self._inbox.put(add)
+        with self._closing:
+            if self._closed:
+                raise EngineStoppedError("the engine is shutting down")
+            self._inbox.put(add)
         unfinished = params.n
         try:
             while unfinished:
@@ -177,6 +181,8 @@ class AsyncEngine:
             self._error = error
         finally:
             self._stopped = True
+            with self._closing:
+                self._closed = True  # whatever comes later is refused by the caller's thread
             self._take_commands()
             self._end_streams()
             self._engine.close()

@@ -1,6 +1,7 @@
 """The architecture's one-way imports: server, scripts -> paged -> models -> kernels_pallas."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ MAY_IMPORT = {
     "scripts": {"scripts", "paged", "models"},
     "server": {"server", "paged"},
 }
-ENGINE_PACKAGES = {"jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors"}
+ENGINE_PACKAGES = {"jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "tqdm", "ml_dtypes"}
 OWN = set(MAY_IMPORT)
 DECIDES = ["block_pool", "scheduler", "request", "sampling_params", "config", "plan", "outputs", "stats", "errors"]
 
@@ -41,3 +42,14 @@ def test_imports_point_one_way(package: str) -> None:
 def test_files_that_decide_do_not_import_jax(name: str) -> None:
     tops = {n.split(".")[0] for n in imported(ROOT / "paged" / f"{name}.py")}
     assert not tops & {"jax", "flax", "models", "kernels_pallas"}
+
+
+@pytest.mark.parametrize("package", ["kernels_pallas", "models", "paged", "scripts"])
+def test_the_engine_needs_no_more_than_its_dependencies(package: str) -> None:
+    """Whatever else a function needs, it imports itself and says so when it is missing."""
+    for path in (ROOT / package).rglob("*.py"):
+        module_level = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {a.name for n in module_level if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module or "" for n in module_level if isinstance(n, ast.ImportFrom)}
+        tops = {name.split(".")[0] for name in names}
+        assert not tops - ENGINE_PACKAGES - OWN - sys.stdlib_module_names, path.relative_to(ROOT)
