@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import flax.linen as nn
 
-from models.config import ModelConfig, token_ids
+from models.config import ModelConfig
+from models.config_fields import token_ids
 from models.default_model import DEFAULT_MODEL, default_model_path
 from models.gguf_reader import GGUFSource
 from models.hub import download

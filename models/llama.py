@@ -4,6 +4,7 @@ What differs between them (biases, q/k norm, sliding windows, rotary scaling, ti
 tokens, E hidden width, H query heads, K key/value heads, D head size, V vocabulary, R rows to sample from.
 """
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
 from models.config import ModelConfig
+from models.config_fields import Fields, decoder_fields, gguf_decoder_fields, layer_windows, refuse_unless
 from models.layers import Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
 from models.parts import Part, Path
 
@@ -124,6 +126,43 @@ class Llama(nn.Module):
         c = self.config
         shape = cache_shape(num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.attention_backend)
         return (shape,) * c.num_layers
+
+
+def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
+    """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
+    refuse_unless(architecture, config, hidden_act="silu", mlp_bias=False, partial_rotary_factor=1.0)
+    is_qwen2, is_qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
+    if is_qwen3 and config.get("head_dim") is None:
+        config = {**config, "head_dim": 128}
+    attention_bias = bool(config.get("attention_bias", False))
+    return decoder_fields(config) | {
+        "qkv_bias": is_qwen2 or attention_bias,
+        "out_bias": attention_bias and not is_qwen2,
+        "qk_norm": is_qwen3,
+        "sliding_windows": _sliding_windows(architecture, config),
+    }
+
+
+def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Mistral slides in every layer, Qwen, if switched on, past max_window_layers; layer_types overrides both."""
+    num_layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    is_qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    slides = architecture == "MistralForCausalLM" or (is_qwen and config.get("use_sliding_window", False))
+    if window is None or not slides:
+        return (None,) * num_layers
+    if layer_types := config.get("layer_types"):
+        return layer_windows(window, layer_types)
+    first = config.get("max_window_layers", 28) if is_qwen else 0
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def gguf_fields(header: Mapping[str, Any], tensor_names: Collection[str]) -> Fields:
+    """ModelConfig's fields from a GGUF header and the file's tensors."""
+    return gguf_decoder_fields(header, tensor_names) | {
+        "qkv_bias": "blk.0.attn_q.bias" in tensor_names,
+        "out_bias": "blk.0.attn_output.bias" in tensor_names,
+        "qk_norm": "blk.0.attn_q_norm.weight" in tensor_names,
+    }
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:

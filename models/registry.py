@@ -1,6 +1,5 @@
-"""Which module implements which architecture. A new family is a new file and its lines here."""
+"""From a configuration to the module that implements it, and what that is made of."""
 
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -9,20 +8,11 @@ import jax.numpy as jnp
 
 from kernels_pallas import AttentionBatch
 from kernels_pallas import attention_backend as resolve_backend
-from models import llama
-from models.config import ModelConfig
+from models.config import FAMILIES, ModelConfig, family_file
 from models.layers import Dtype
 from models.parts import Part, Path
 
 Params = dict[str, Any]
-
-# Architecture -> (the file, the module's name in it). A file also gives `tensor_parts(config)` for checkpoints.
-_FAMILIES: dict[str, tuple[ModuleType, type[nn.Module]]] = {
-    "LlamaForCausalLM": (llama, llama.Llama),
-    "MistralForCausalLM": (llama, llama.Llama),
-    "Qwen2ForCausalLM": (llama, llama.Llama),
-    "Qwen3ForCausalLM": (llama, llama.Llama),
-}
 
 
 def build_model(config: ModelConfig, *, dtype: Dtype, attention_backend: str = "auto") -> nn.Module:
@@ -34,13 +24,13 @@ def build_model(config: ModelConfig, *, dtype: Dtype, attention_backend: str = "
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
-    module = _FAMILIES[config.architecture][1]
+    module = getattr(family_file(config.architecture), FAMILIES[config.architecture].split(":")[1])
     return module(config, dtype, resolve_backend(attention_backend))
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
     """Parameter path -> the checkpoint's tensors it is made of, joined along axis 0."""
-    return _FAMILIES[config.architecture][0].tensor_parts(config)
+    return family_file(config.architecture).tensor_parts(config)
 
 
 def param_shapes(model: nn.Module) -> Params:

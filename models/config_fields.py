@@ -1,0 +1,168 @@
+"""Reads the fields of a ModelConfig that most families have in common; each family's file adds its own."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from models.config import RopeScaling
+
+Fields = dict[str, Any]  # keywords of ModelConfig
+WINDOWED = {"full_attention": False, "sliding_attention": True}
+
+
+def decoder_fields(config: Mapping[str, Any], *, quantizations: Collection[str] = ()) -> Fields:
+    """Of a config.json that names things as Llama's does: all but biases, norms and windows.
+
+    Raises:
+      ValueError: a value is missing, or the weights are quantized otherwise than by one of `quantizations`.
+    """
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        if method not in quantizations:
+            raise ValueError(f"checkpoint is quantized ({method}); only float checkpoints and GGUF files are supported")
+    num_heads = required(config, "num_attention_heads")
+    theta, scaling = rope(config.get("rope_parameters") or config.get("rope_scaling") or {}, config)
+    context = config.get("max_position_embeddings", 2048)
+    if scaling is not None and scaling.kind == "yarn":
+        context = max(context, int(scaling.original_context * scaling.factor))
+    return {
+        "vocab_size": required(config, "vocab_size"),
+        "hidden_size": required(config, "hidden_size"),
+        "intermediate_size": required(config, "intermediate_size"),
+        "num_layers": required(config, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+        "head_dim": config.get("head_dim") or default_head_dim(config),
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_ids": token_ids(config.get("eos_token_id")),
+    }
+
+
+def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """eos_token_id is one id, a list of them or null."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def required(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"config.json must set {name} to a whole number, not {value!r}")
+    return value
+
+
+def refuse_unless(architecture: str, config: Mapping[str, Any], **supported: Any) -> None:
+    """Raises ValueError if config.json sets one of these names to something other than what is supported."""
+    for name, value in supported.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"config.json sets {name} to {config[name]!r}; {architecture} supports {value!r} only")
+
+
+def default_head_dim(config: Mapping[str, Any]) -> int:
+    hidden_size, num_heads = required(config, "hidden_size"), required(config, "num_attention_heads")
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"config.json has no head_dim and hidden_size {hidden_size} is not a multiple of {num_heads} heads"
+        )
+    return hidden_size // num_heads
+
+
+def layer_windows(window: int | None, layer_types: Sequence[str]) -> tuple[int | None, ...]:
+    """One window a layer, from config.json's sliding_window and layer_types."""
+    unknown = sorted(set(layer_types) - set(WINDOWED))
+    if unknown:
+        raise ValueError(f"layer types {', '.join(unknown)} are not supported")
+    return tuple(window if WINDOWED[kind] else None for kind in layer_types)
+
+
+def rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from rope_parameters or rope_scaling; `config` has what older files keep beside them."""
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        if any(isinstance(value, Mapping) for value in parameters.values()):
+            raise ValueError("rope parameters that differ by layer type are not supported")
+        return theta, None
+    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=_rope_value(parameters, kind, "factor"))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=_rope_value(parameters, kind, "factor"),
+            original_context=original or 0,
+            low_freq_factor=_rope_value(parameters, kind, "low_freq_factor"),
+            high_freq_factor=_rope_value(parameters, kind, "high_freq_factor"),
+        )
+    if kind == "yarn" and not (parameters.get("mscale") or parameters.get("mscale_all_dim")):
+        return theta, RopeScaling(
+            kind="yarn",
+            factor=_rope_value(parameters, kind, "factor"),
+            original_context=original or config.get("max_position_embeddings", 0),
+            beta_fast=parameters.get("beta_fast") or 32.0,
+            beta_slow=parameters.get("beta_slow") or 1.0,
+            attention_factor=parameters.get("attention_factor"),
+            truncate=parameters.get("truncate", True),
+        )
+    raise ValueError(
+        f"rope type {kind!r} is not supported; supported are: default, linear, llama3, yarn without mscale"
+    )
+
+
+def _rope_value(parameters: Mapping[str, Any], kind: str, name: str) -> float:
+    if parameters.get(name) is None:
+        raise ValueError(f"rope type {kind!r} needs {name} in config.json")
+    return float(parameters[name])
+
+
+def gguf_decoder_fields(header: Mapping[str, Any], tensor_names: Collection[str]) -> Fields:
+    """Of a GGUF header: all but biases, norms and windows.
+
+    Raises:
+      ValueError: a value is missing, or its rope scaling is not supported.
+    """
+    name = header["general.architecture"]
+
+    def value(key: str, default: Any = None) -> Any:
+        found = header.get(f"{name}.{key}", default)
+        if found is None:
+            raise ValueError(f"GGUF header has no {name}.{key}")
+        return found
+
+    num_heads, hidden_size = value("attention.head_count"), value("embedding_length")
+    eos = [header.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    return {
+        "vocab_size": header.get(f"{name}.vocab_size") or len(header.get("tokenizer.ggml.tokens", ())),
+        "hidden_size": hidden_size,
+        "intermediate_size": value("feed_forward_length"),
+        "num_layers": value("block_count"),
+        "num_heads": num_heads,
+        "num_kv_heads": value("attention.head_count_kv", num_heads),
+        "head_dim": value("attention.key_length", hidden_size // num_heads),
+        "max_position_embeddings": value("context_length"),
+        "rope_theta": value("rope.freq_base", 10_000.0),
+        "rope_scaling": _gguf_rope_scaling(name, header),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in tensor_names,
+        "bos_token_id": header.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": tuple(dict.fromkeys(token for token in eos if token is not None)),
+    }
+
+
+def _gguf_rope_scaling(name: str, header: Mapping[str, Any]) -> RopeScaling | None:
+    """Llama 3's scaling is not here but in the tensor rope_freqs.weight; the reader adds it."""
+    kind = header.get(f"{name}.rope.scaling.type", "none")
+    factor = header.get(f"{name}.rope.scaling.factor", 1.0)
+    if kind == "none":
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    if kind == "yarn":
+        original = header.get(f"{name}.rope.scaling.original_context_length", 0)
+        return RopeScaling(kind="yarn", factor=factor, original_context=original)
+    raise ValueError(f"GGUF rope scaling {kind!r} is not supported; supported are: none, linear, yarn")
