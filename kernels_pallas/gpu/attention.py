@@ -28,11 +28,11 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, si
     out = prefill_attention(
         queries, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
     )
-    rows = min(len(q), len(batch.kv_lens))  # a decode's only token is in the row of its sequence
-    is_decode = jnp.arange(rows) < batch.num_seqs[0]
-    kv_lens = jnp.where(is_decode, batch.kv_lens[:rows], 0)
-    decodes = decode_attention(queries[:rows], *cache, kv_lens, batch.block_tables[:rows], sinks, **options)
-    out = out.at[:rows].set(jnp.where(is_decode[:, None, None], decodes, out[:rows]))
+    rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
+    is_decode = rows < batch.num_seqs[0]
+    kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)
+    decodes = decode_attention(queries[: len(rows)], *cache, kv_lens, batch.block_tables[: len(rows)], sinks, **options)
+    out = out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True)
     return out.astype(q.dtype), cache
 
 

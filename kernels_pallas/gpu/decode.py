@@ -5,10 +5,9 @@ is cut into splits (flash decoding), sized by its own length alone, so that its 
 the batch. The grid is persistent: each CTA takes (sequence, split, key/value head) items off a list, its memory
 warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its compute warpgroup
 multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are
-copies, are computed for nothing and never stored. The last split of a sequence to finish merges all of them.
+computed for nothing and never stored. A second kernel merges the splits.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,15 +17,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import ROWS, load_column, load_rows, store_column, store_rows
-from kernels_pallas.gpu.splits import is_last, merge, stored_rows
+from kernels_pallas.gpu.merge import merge_splits, stored_rows
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, store_column, store_rows
 
 TILE = 64  # cached tokens multiplied at a time
-LOG2E = math.log2(math.e)
-FIELDS = 8  # columns of the list of work: sequence, first token, last token + 1, kv_len, split, splits, and padding
-_PARAMS = plgpu.CompilerParams(
-    approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
-)
+FIELDS = 8  # columns of the list of work: sequence, first token, last token + 1, kv_len, split, and padding
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ class DecodeConfig:
 def list_work(kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig):
     """The items of work, before the split over key/value heads.
 
-    Returns int32[W, FIELDS] and int32[1], how many of them are real. They depend on nothing but lengths, so that one
-    list serves all layers that have the same window.
+    Returns int32[W, FIELDS], int32[1], how many of them are real, and int32[S], how many are of each sequence. They
+    depend on nothing but lengths, so that one list serves all layers that have the same window.
     """
     S = kv_lens.shape[0]
     visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
@@ -64,17 +59,17 @@ def list_work(kv_lens, block_table_tokens: int, window: int | None, config: Deco
     start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
     tokens = kv_lens - start
     split = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
-    splits = jnp.where(kv_lens < 0, 0, jnp.maximum(pl.cdiv(tokens, split), 1))
+    splits = pl.cdiv(tokens, split)
     before = jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], splits[None, :], 0), axis=1)
     j = jnp.arange(max_splits)[None, :]
     first = start[:, None] + j * split[:, None]
     stop = jnp.minimum(first + split[:, None], kv_lens[:, None])
-    columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, splits[:, None], 0, 0]
+    columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, 0, 0, 0]
     rows = jnp.stack([jnp.broadcast_to(c, (S, max_splits)) for c in columns], axis=-1).astype(jnp.int32)
     place = jnp.where(j < splits[:, None], before[:, None] + j, S * max_splits)
     work = jnp.zeros((S * max_splits, FIELDS), jnp.int32)
     work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(splits).astype(jnp.int32)[None]
+    return work, jnp.sum(splits).astype(jnp.int32)[None], splits.astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
@@ -86,7 +81,7 @@ def decode_attention(
     Args:
       q: [S, H, D], of the cache's dtype (bfloat16 or float16); D is 64, 128 or 256.
       keys, values: [B, K, N, D] with N a power of two of at least 8; H / K is at most 16.
-      kv_lens: int32[S]; 0 gives zeros, and where it is negative nothing is done and the row is undefined.
+      kv_lens: int32[S]; 0 gives zeros.
       block_tables: int32[S, P].
       sinks: float32[H] or None.
       scale, window, soft_cap: see kernels_pallas.attention.
@@ -98,23 +93,16 @@ def decode_attention(
     K, N = keys.shape[1:3]
     G = H // K
     config = config or DecodeConfig.of(D)
-    work, count = list_work(kv_lens, block_tables.shape[1] * N, window, config)
+    work, count, splits = list_work(kv_lens, block_tables.shape[1] * N, window, config)
     max_splits = work.shape[0] // S
     stored = stored_rows(G, D)
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=tiled)
+    ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=TILED)
     slots = config.workers * config.stages
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
-    out, *_ = plgpu.kernel(
-        partial(
-            _attend,
-            config=config,
-            logits=partial(_logits, scale=scale, window=window, soft_cap=soft_cap),
-            sinks_given=sinks is not None,
-        ),
+    parts, maxima, totals = plgpu.kernel(
+        partial(_attend, G=G, config=config, logits=partial(_logits, scale=scale, window=window, soft_cap=soft_cap)),
         out_type=(
-            jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
             jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
             *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
         ),
@@ -124,20 +112,25 @@ def decode_attention(
         thread_name="warpgroup",
         kernel_name="decode_attention",
         scratch_types=[
-            plgpu.SMEM((config.workers, ROWS, D), q.dtype, transforms=tiled),
+            plgpu.SMEM((config.workers, ROWS, D), q.dtype, transforms=TILED),
             *(ring, ring),
-            plgpu.SMEM((config.workers, 1), jnp.int32),
+            plgpu.Barrier(num_barriers=config.workers),
             *(full, full, free, free),
         ],
-        compiler_params=_PARAMS,
-    )(work, count, jnp.zeros((S, K, 1), jnp.int32), q, keys, values, block_tables, count if sinks is None else sinks)
+        compiler_params=PARAMS,
+    )(work, count, q if 16 % G else _tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables)
+    out = merge_splits(parts, maxima, totals, splits, sinks, G, q.dtype)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
-def _attend(work, count, arrived, q, keys, values, tables, sinks, *refs, config, logits, sinks_given):
-    out, parts, maxima, totals, q_smem, k_smem, v_smem, shared, k_ready, v_ready, k_free, v_free = refs
+def _tiles_of_8(x):
+    """x [rows, D] with rows of zeros behind it up to a multiple of 8."""
+    return jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
+
+
+def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratch, G, config, logits):
+    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
     _, K, N, D = keys.shape
-    G = q.shape[1] // K
     warpgroup = lax.axis_index("warpgroup")
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
@@ -151,34 +144,18 @@ def _attend(work, count, arrived, q, keys, values, tables, sinks, *refs, config,
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
 
-        def finish(acc, m, total, seq, h, split, splits):
-            @pl.when(splits == 1)
-            def alone():
-                denominator = total
-                if sinks_given:
-                    denominator += jnp.exp2(load_column(sinks.at[pl.ds(h * G, G)], G) * LOG2E - m)
-                inverse = jnp.where(denominator > 0, 1 / denominator, 0.0)
-                result = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-                store_rows(out.at[seq, h], result.astype(out.dtype), G)
-
-            @pl.when(splits > 1)
-            def among_others():
-                store_rows(parts.at[seq, h, split], acc, G)
-                store_column(maxima.at[seq, h, split], m, G)
-                store_column(totals.at[seq, h, split], total, G)
-
-                @pl.when(is_last(arrived.at[seq, h], shared.at[me], splits))
-                def last():
-                    head_sinks = [sinks[h * G + g] * LOG2E for g in range(G)] if sinks_given else None
-                    found = parts.at[seq, h], maxima.at[seq, h], totals.at[seq, h]
-                    out[seq, h] = merge(*found, head_sinks, splits, D).astype(out.dtype)
-
         def item(i, step):
             i = worker + i * workers
             w, h = lax.div(i, jnp.int32(K)), lax.rem(i, jnp.int32(K))
-            seq, first, stop, length, split, splits = (work[w, f] for f in range(6))
-            q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
-            plgpu.commit_smem()
+            seq, first, stop, length, split = (work[w, f] for f in range(5))
+            if len(q.shape) == 2:  # the queries' rows lie within one tile of 8 and the copy engine can have them
+                fetched = max(G, 8)  # those past G are other heads' or zeros
+                row = seq * (K * G) + h * G
+                plgpu.copy_gmem_to_smem(q.at[pl.ds(row, fetched)], q_smem.at[me, pl.ds(0, fetched)], q_ready.at[me])
+                plgpu.barrier_wait(q_ready.at[me])
+            else:
+                q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
+                plgpu.commit_smem()
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
             def tile(t, carry):
@@ -205,7 +182,9 @@ def _attend(work, count, arrived, q, keys, values, tables, sinks, *refs, config,
                 return acc, m_new, total
 
             acc, m, total = lax.fori_loop(0, tiles, tile, _empty(D))
-            finish(acc, m, total, seq, h, split, splits)
+            store_rows(parts.at[seq, h, split], acc, G)
+            store_column(maxima.at[seq, h, split], m, G)
+            store_column(totals.at[seq, h, split], total, G)
             return step + tiles
 
         lax.fori_loop(0, mine, item, jnp.int32(0))

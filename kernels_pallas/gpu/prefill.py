@@ -7,7 +7,6 @@ the same tokens where there are two, else two runs of tokens of one head. Rows a
 up to the sequence's end, so that what belongs to the next sequence is never touched.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,15 +16,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import ROWS, load_rows, store_rows
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, store_rows
 
 COMPUTE = 2  # warpgroups that multiply
-LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite, so that a row that has seen nothing yet yields no NaN
 ROW, COUNT, POSITION, KV_LEN, SEQ, FIELDS = 0, 1, 2, 3, 4, 8  # columns of the list of work, and its width
-_PARAMS = plgpu.CompilerParams(
-    approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
-)
 
 
 @dataclass(frozen=True)
@@ -93,8 +88,7 @@ def prefill_attention(
     config = config or PrefillConfig.of(D)
     heads = COMPUTE if G % COMPUTE == 0 else 1
     work = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads)
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=tiled)
+    ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=TILED)
     full = plgpu.Barrier(num_arrivals=max(1, config.tile // N), num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
     return plgpu.kernel(
@@ -109,12 +103,12 @@ def prefill_attention(
         thread_name="warpgroup",
         kernel_name="prefill_attention",
         scratch_types=[
-            plgpu.SMEM((COMPUTE, ROWS, D), q.dtype, transforms=tiled),
+            plgpu.SMEM((COMPUTE, ROWS, D), q.dtype, transforms=TILED),
             *(ring, ring),
             *(full, full, free, free),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )(work, q, keys, values, block_tables, num_seqs if sinks is None else sinks)  # fmt: skip
 
 

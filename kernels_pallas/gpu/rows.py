@@ -1,7 +1,9 @@
-"""Moves the first rows of a wgmma tile between registers and device memory, one by one.
+"""What the attention kernels share; above all, moving the first rows of a wgmma tile to and from device memory.
 
 The copy engine moves whole, aligned tiles; a ragged batch begins and ends anywhere.
 """
+
+import math
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,17 +15,17 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 ROWS = 64  # of a wgmma
+LOG2E = math.log2(math.e)
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]  # what wgmma reads
+PARAMS = plgpu.CompilerParams(
+    approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def load_rows(ref, count) -> jax.Array:
     """The first `count` rows of ref [any, D], as [ROWS, D]; the rest repeat the last, or row 0 where there is none."""
     return _load(ref, count, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA)
-
-
-def load_column(ref, count) -> jax.Array:
-    """The first `count` values of ref [any], as [ROWS], the layout of a wgmma tile's rows; the rest repeat the last."""
-    return _load(ref, count, (ROWS,), plgpu.Layout.WGMMA.reduce(1))
 
 
 def store_rows(ref, x, count) -> None:

@@ -1,0 +1,47 @@
+"""Compiles one attention kernel for an H100, on any machine: python -m tests.kernels.gpu.compile_for_h100 '{...}'"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+
+
+def compile_step(H, K, D, N, *, T, S, P=33, dtype="bfloat16", sinks=False, decode_only=False, **options):
+    target = (Path(__file__).parent / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology="1x1x1", target_config=target
+    )  # fmt: skip
+    device = topology.devices[0]
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
+    replicated = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+
+    def array(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
+    cache = cache_shape(100, N, K, D, dtype, backend="mosaic_gpu")
+    q, k, v = (array((T, heads, D), dtype) for heads in (H, K, K))
+
+    def step(q, k, v, cache, batch, sinks):
+        return ragged_paged_attention(
+            q, k, v, cache, batch, sinks=sinks, scale=D**-0.5, backend="mosaic_gpu", **options
+        )  # fmt: skip
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=abstract)):
+        traced = jax.jit(step, in_shardings=replicated, donate_argnums=3).trace(
+            q, k, v, cache, batch, array((H,), jnp.float32) if sinks else None
+        )
+        return traced.lower(lowering_platforms=("cuda",)).compile()
+
+
+if __name__ == "__main__":
+    compiled = compile_step(**json.loads(sys.argv[1]))
+    names = {n for n in ("decode_attention", "prefill_attention") if n in compiled.as_text()}
+    print(json.dumps({"kernels": sorted(names), "temporary": compiled.memory_analysis().temp_size_in_bytes}))

@@ -1,0 +1,41 @@
+"""The kernels compile for an H100 on a machine without one, given jax's CUDA plugin and nothing else of CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
+
+FEW = [
+    {"H": 32, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True},
+    {"H": 9, "K": 3, "D": 64, "N": 16, "T": 128, "S": 8},
+]
+MANY = [
+    {"H": 16 if G > 8 else 24, "K": (16 if G > 8 else 24) // G, "D": D, "N": N, "T": 200, "S": 7, **options}
+    for G, D, N in [(1, 64, 16), (3, 64, 32), (4, 128, 64), (6, 128, 128), (8, 128, 16), (16, 128, 32), (2, 256, 16)]
+    for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"})
+]
+
+
+def compiles(case):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = ["decode_attention"] if case.get("decode_only") else ["decode_attention", "prefill_attention"]
+    assert json.loads(done.stdout.splitlines()[-1])["kernels"] == expected
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_compiles(case):
+    compiles(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_compiles_in_every_shape(case):
+    compiles(case)
