@@ -1,6 +1,7 @@
 """How measurements are told: a table for people on stderr, one JSON line each for programs on stdout."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ def machine() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "num_devices": jax.device_count(),
         "cpu": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
