@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from models.experts_config import ExpertsConfig
+
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
 
 # Architecture -> "file:module" under models/. Beside the Flax module the file has `hf_fields(architecture, config)`,
@@ -15,8 +17,17 @@ FAMILIES = {
     "MistralForCausalLM": "llama:Llama",
     "Qwen2ForCausalLM": "llama:Llama",
     "Qwen3ForCausalLM": "llama:Llama",
+    "MixtralForCausalLM": "mixtral:Mixtral",
+    "Qwen3MoeForCausalLM": "mixtral:Mixtral",
+    "Gemma2ForCausalLM": "gemma:Gemma",
+    "Gemma3ForCausalLM": "gemma:Gemma",
 }
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,11 @@ class ModelConfig:
       sliding_windows: one entry a layer: a token sees itself and the window - 1 tokens before it; None sees all.
       qkv_bias, out_bias: whether the attention's input and output projections have a bias.
       qk_norm: whether queries and keys are normalised by head before the rotary embedding (Qwen3).
+      local_rope_theta: the rotary base of layers with a window, which then have no rope_scaling; None: as the others.
+      attention_scale: what scores are multiplied by; None: 1 / sqrt(head_dim).
+      attention_soft_cap, logits_soft_cap: x becomes cap * tanh(x / cap), for scores and for logits.
+      attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
+      experts: of the sparse layers; None: all feed-forward layers are dense.
       eos_token_ids: tokens that end a generation; generation_config.json may add to them.
     """
 
@@ -83,6 +99,12 @@ class ModelConfig:
     out_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
+    local_rope_theta: float | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logits_soft_cap: float | None = None
+    attention_sinks: bool = False
+    experts: ExpertsConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -107,6 +129,10 @@ class ModelConfig:
             )
         if any(w is not None and w < 1 for w in self.sliding_windows):
             raise ValueError(f"model config: sliding windows must be at least 1, not {self.sliding_windows}")
+        if self.experts is not None and len(self.experts.layers) != self.num_layers:
+            raise ValueError(
+                f"model config: {len(self.experts.layers)} marks of sparse layers for {self.num_layers} layers"
+            )
         if self.rope_scaling and self.rope_scaling.factors and len(self.rope_scaling.factors) != self.head_dim // 2:
             raise ValueError(
                 f"rope scaling has {len(self.rope_scaling.factors)} factors for {self.head_dim // 2} frequencies"

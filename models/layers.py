@@ -54,17 +54,18 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in float32 (arXiv 1910.07467)."""
+    """x / rms(x) * (offset + scale) over the last axis, in float32 (arXiv 1910.07467)."""
 
     epsilon: float
     dtype: Dtype
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * scale.astype(jnp.float32)).astype(self.dtype)
+        return (y * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
 
 
 def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:

@@ -11,7 +11,7 @@ from models import build_model, open_checkpoint
 from tests.models.paged_driver import PagedDriver, Running, chosen_logprobs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-TINY = ["llama3", "llama-mqa", "mistral", "qwen2", "qwen3"]
+TINY = ["llama3", "llama-mqa", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
 FLOAT32_TOLERANCE = 1e-4  # measured: below 2e-5 for the tiny models
 BFLOAT16_MEAN_TOLERANCE, BFLOAT16_TOLERANCE = 0.1, 1.0  # measured: 0.045 and 0.44
 

@@ -172,3 +172,59 @@ def test_reads_a_gguf_header() -> None:
 def test_gguf_headers_that_are_refused(change: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         ModelConfig.from_gguf({**GGUF_HEADER, **change}, [])
+
+
+GEMMA3_1B = {  # as on the hub
+    "architectures": ["Gemma3ForCausalLM"],
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262144,
+}
+
+
+def test_gemma3_windows_and_rotary_bases() -> None:
+    old = ModelConfig.from_hf(GEMMA3_1B)
+    assert old.sliding_windows == ((512,) * 5 + (None,)) * 4 + (512, 512)
+    assert (old.rope_theta, old.local_rope_theta, old.attention_scale) == (1e6, 1e4, 1 / 16)
+    assert old.tie_word_embeddings and old.qk_norm and old.logits_soft_cap is None
+    new = {k: v for k, v in GEMMA3_1B.items() if not k.startswith(("rope", "sliding_window_pattern"))}
+    new["rope_parameters"] = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    assert ModelConfig.from_hf(new) == replace(old, rope_scaling=RopeScaling(kind="linear", factor=8.0))
+
+
+def test_gemma2_caps_by_default_and_alternates() -> None:
+    config = ModelConfig.from_hf(
+        {**GEMMA3_1B, "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 144, "rope_theta": 10000.0}
+    )
+    assert (config.attention_soft_cap, config.logits_soft_cap, config.attention_scale) == (50.0, 30.0, 1 / 12)
+    assert config.sliding_windows == (512, None) * 13
+    assert config.local_rope_theta is None and not config.qk_norm
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"layer_types": ["chunked"] * 26}, "chunked"),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "sliding_attention"),
+    ],
+)
+def test_gemmas_that_are_refused(change: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        ModelConfig.from_hf({**GEMMA3_1B, **change})
