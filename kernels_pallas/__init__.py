@@ -6,5 +6,6 @@ from kernels_pallas.attention import (
     cache_shape,
     ragged_paged_attention,
 )
+from kernels_pallas.grouped_matmul import grouped_matmul
 
-__all__ = ["AttentionBatch", "attention_backend", "cache_shape", "ragged_paged_attention"]
+__all__ = ["AttentionBatch", "attention_backend", "cache_shape", "grouped_matmul", "ragged_paged_attention"]

@@ -16,7 +16,11 @@ import jax
 log = logging.getLogger(__name__)
 
 Cache = Any  # one layer's keys and values: a pytree whose layout is the implementation's own business
-_IMPLEMENTATIONS = {"reference": "kernels_pallas.reference", "mosaic_gpu": "kernels_pallas.gpu.attention"}
+_IMPLEMENTATIONS = {
+    "reference": "kernels_pallas.reference",
+    "mosaic_gpu": "kernels_pallas.gpu.attention",
+    "mosaic_tpu": "kernels_pallas.tpu.attention",
+}
 
 
 @partial(
@@ -54,6 +58,8 @@ def attention_backend(name: str = "auto") -> str:
 
 
 def _fastest(device: jax.Device) -> str:
+    if device.platform == "tpu":
+        return _fastest_on_tpu(device.device_kind)
     if device.platform != "gpu":
         return "reference"
     capability = str(getattr(device, "compute_capability", "unknown"))
@@ -65,6 +71,13 @@ def _fastest(device: jax.Device) -> str:
         capability,
     )
     return "reference"
+
+
+def _fastest_on_tpu(device_kind: str) -> str:
+    if device_kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+        log.warning("%s has too little vector memory for the attention kernel: attention runs through XLA", device_kind)
+        return "reference"
+    return "mosaic_tpu"
 
 
 def _implementation(backend: str) -> ModuleType:

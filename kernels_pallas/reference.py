@@ -14,6 +14,7 @@ from jax import lax
 
 KV_CHUNK = 128  # cached tokens gathered at a time
 Q_TILE = 128  # prompt tokens that share one walk over the cache
+SAME_EXP = 4096  # XLA:CPU takes another exp for arrays with fewer elements, whose last bit differs
 MASKED = -1e30  # finite, so that a fully masked row yields no NaN
 
 
@@ -71,7 +72,9 @@ def write_cache(k, v, cache, batch):
 def attend_decodes(q, cache, kv_lens, block_tables, options: Options):
     """One query token for each sequence. q [S, H, D]; rows with kv_lens 0 give zeros."""
     keys, values = cache
-    S, H, D = q.shape
+    rows, H, D = q.shape
+    S = max(rows, -(-SAME_EXP // (H * KV_CHUNK)))
+    q, kv_lens, block_tables = (_rows(x, S) for x in (q, kv_lens, block_tables))
     K, N = keys.shape[1:3]
     queries = q.reshape(S, K, H // K, D)
     block_tables, blocks_per_chunk = _whole_chunks(block_tables, N)
@@ -98,7 +101,7 @@ def attend_decodes(q, cache, kv_lens, block_tables, options: Options):
     stop = (jnp.max(kv_lens) + chunk - 1) // chunk
     state = lax.fori_loop(start, stop, walk, _empty((S, K, H // K), D, options, K, H))
     out = _normalise(state).reshape(S, H, D)
-    return jnp.where((kv_lens > 0)[:, None, None], out, 0).astype(q.dtype)
+    return jnp.where((kv_lens > 0)[:, None, None], out, 0).astype(q.dtype)[:rows]
 
 
 def attend_prompts(q, out, cache, batch, options: Options):

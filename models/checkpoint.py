@@ -15,7 +15,8 @@ from models.default_model import DEFAULT_MODEL, default_model_path
 from models.gguf_reader import GGUFSource
 from models.hub import download
 from models.layers import Dtype
-from models.params import TensorSource, load_params, random_params
+from models.params import load_params, random_params
+from models.parts import TensorSource
 from models.registry import Params
 from models.safetensors_reader import SafetensorsSource
 from models.tokenizer import FastTokenizer, load_tokenizer, tokenizer_from_gguf

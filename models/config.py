@@ -11,7 +11,8 @@ from models.experts_config import ExpertsConfig
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
 
 # Architecture -> "file:module" under models/. Beside the Flax module the file has `hf_fields(architecture, config)`,
-# `tensor_parts(config)` and, if its models come as GGUF, `gguf_fields(header, tensor_names)`.
+# `tensor_parts(config)`; if its models come as GGUF, `gguf_fields(header, tensor_names)`; if its checkpoints come in
+# several layouts, `canonical_source(source, config)`.
 FAMILIES = {
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "llama:Llama",
@@ -21,6 +22,9 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "mixtral:Mixtral",
     "Gemma2ForCausalLM": "gemma:Gemma",
     "Gemma3ForCausalLM": "gemma:Gemma",
+    "Olmo2ForCausalLM": "olmo:Olmo2",
+    "Phi3ForCausalLM": "phi:Llama",
+    "GPT2LMHeadModel": "gpt2:GPT2",
 }
 GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -40,8 +44,8 @@ class RopeScaling:
       factor: by how much the context is stretched.
       original_context: tokens of the first training's context (llama3, yarn).
       low_freq_factor, high_freq_factor: llama3's band between stretched and kept wavelengths.
-      beta_fast, beta_slow, attention_factor, truncate: yarn's band, in rotations, what cos and sin are multiplied
-        by, and whether the band ends on whole dimensions.
+      beta_fast, beta_slow, truncate: yarn's band, in rotations, and whether it ends on whole dimensions.
+      attention_factor: what cos and sin are multiplied by (yarn, factors).
       factors: one divisor a frequency (factors).
     """
 
@@ -70,6 +74,7 @@ class ModelConfig:
     Attributes:
       architecture: as config.json names it, such as "LlamaForCausalLM"; chooses the module (FAMILIES).
       head_dim: width of one attention head; need not be hidden_size / num_heads.
+      rotary_dim: how much of a head, from its start, the rotary embedding turns; None: all of it.
       max_position_embeddings: the context length in tokens.
       sliding_windows: one entry a layer: a token sees itself and the window - 1 tokens before it; None sees all.
       qkv_bias, out_bias: whether the attention's input and output projections have a bias.
@@ -91,6 +96,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    rotary_dim: int | None = None
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
@@ -121,8 +127,9 @@ class ModelConfig:
             raise ValueError(
                 f"model config: {self.num_heads} query heads do not share {self.num_kv_heads} KV heads evenly"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"model config: head_dim must be even for rotary embeddings, not {self.head_dim}")
+        rotary_dim = self.rotary_dim or self.head_dim
+        if rotary_dim % 2 or rotary_dim > self.head_dim:
+            raise ValueError(f"model config: rotary embeddings of {rotary_dim} dimensions need an even number of them")
         if len(self.sliding_windows) != self.num_layers:
             raise ValueError(
                 f"model config: {len(self.sliding_windows)} sliding windows for {self.num_layers} layers; need one each"
@@ -133,10 +140,9 @@ class ModelConfig:
             raise ValueError(
                 f"model config: {len(self.experts.layers)} marks of sparse layers for {self.num_layers} layers"
             )
-        if self.rope_scaling and self.rope_scaling.factors and len(self.rope_scaling.factors) != self.head_dim // 2:
-            raise ValueError(
-                f"rope scaling has {len(self.rope_scaling.factors)} factors for {self.head_dim // 2} frequencies"
-            )
+        factors = self.rope_scaling.factors if self.rope_scaling else ()
+        if factors and len(factors) != rotary_dim // 2:
+            raise ValueError(f"rope scaling has {len(factors)} factors for {rotary_dim // 2} frequencies")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":

@@ -25,7 +25,7 @@ from models.config_fields import (
     required,
     rope,
 )
-from models.layers import Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+from models.layers import Compute, Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
 from models.parts import Part, Path
 
 Cache = Any
@@ -37,18 +37,17 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 class Attention(nn.Module):
     config: ModelConfig
     window: int | None
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv = Linear((H + 2 * K) * D, self.dtype, name="qkv")(x).reshape(-1, H + 2 * K, D)
+        qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x).reshape(-1, H + 2 * K, D)
         q, k, v = jnp.split(qkv, [H, H + K], axis=1)
         if c.qk_norm:
-            q = Norm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
-            k = Norm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+            q = Norm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q)
+            k = Norm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k)
         out, cache = ragged_paged_attention(
             apply_rotary(q, rotary),
             apply_rotary(k, rotary),
@@ -58,38 +57,37 @@ class Attention(nn.Module):
             scale=c.attention_scale or D**-0.5,
             window=self.window,
             soft_cap=c.attention_soft_cap,
-            backend=self.attention_backend,
+            backend=self.compute.attention_backend,
         )
-        return Linear(c.hidden_size, self.dtype, name="out")(out.reshape(-1, H * D)), cache
+        return Linear(c.hidden_size, self.compute, name="out")(out.reshape(-1, H * D)), cache
 
 
 class FeedForward(nn.Module):
     """GeGLU (arXiv 2002.05202)."""
 
     config: ModelConfig
-    dtype: Dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = Linear(2 * self.config.intermediate_size, self.dtype, name="gate_up")(x)
+        gate_up = Linear(2 * self.config.intermediate_size, self.compute, name="gate_up")(x)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        return Linear(self.config.hidden_size, self.dtype, name="down")(nn.gelu(gate, approximate=True) * up)
+        return Linear(self.config.hidden_size, self.compute, name="down")(nn.gelu(gate, approximate=True) * up)
 
 
 class DecoderLayer(nn.Module):
     config: ModelConfig
     window: int | None
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
-        norms = [Norm(c.rms_norm_eps, self.dtype, name=name) for name in NORMS]
-        attention = Attention(c, self.window, self.dtype, self.attention_backend, name="attention")
+        norms = [Norm(c.rms_norm_eps, self.compute.dtype, name=name) for name in NORMS]
+        attention = Attention(c, self.window, self.compute, name="attention")
         y, cache = attention(norms[0](x), rotary, cache, batch)
         x = x + norms[1](y)
-        y = FeedForward(c, self.dtype, name="mlp")(norms[2](x))
+        y = FeedForward(c, self.compute, name="mlp")(norms[2](x))
         return x + norms[3](y), cache
 
 
@@ -97,22 +95,21 @@ class Gemma(nn.Module):
     """The decoder. Used purely, as models.llama.Llama is: same arguments, same results."""
 
     config: ModelConfig
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         layer = nn.jit(DecoderLayer)
-        self.layers = [layer(c, window, self.dtype, self.attention_backend) for window in c.sliding_windows]
-        self.norm = Norm(c.rms_norm_eps, self.dtype)
+        self.layers = [layer(c, window, self.compute) for window in c.sliding_windows]
+        self.norm = Norm(c.rms_norm_eps, self.compute.dtype)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """int32[T] tokens and positions -> hidden states [T, E] after the final norm, and the caches."""
         c = self.config
-        x = self.embed(tokens) * jnp.asarray(c.hidden_size**0.5, self.dtype)
+        x = self.embed(tokens) * jnp.asarray(c.hidden_size**0.5, self.compute.dtype)
         everywhere = nearby = rotary_tables(positions, c)
         if c.local_rope_theta is not None:
             nearby = rotary_tables(positions, replace(c, rope_theta=c.local_rope_theta, rope_scaling=None))
@@ -130,7 +127,9 @@ class Gemma(nn.Module):
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""
         c = self.config
-        shape = cache_shape(num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.attention_backend)
+        shape = cache_shape(
+            num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.compute.attention_backend
+        )
         return (shape,) * c.num_layers
 
 

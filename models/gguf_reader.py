@@ -28,6 +28,11 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA_LAYER_NAMES = _LAYER_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -51,7 +56,9 @@ class GGUFSource:
         except (ValueError, IndexError, KeyError) as error:
             raise ValueError(f"{path} is not a whole GGUF file, download it again: {error}") from error
         self.path = path
-        self._tensors = {_hf_name(t.name): t for t in self._reader.tensors if t.name != _ROPE_FACTORS}
+        self._is_gemma = self.header.get("general.architecture") == "gemma3"
+        layer_names = _GEMMA_LAYER_NAMES if self._is_gemma else _LAYER_NAMES
+        self._tensors = {_hf_name(t.name, layer_names): t for t in self._reader.tensors if t.name != _ROPE_FACTORS}
 
     @cached_property
     def header(self) -> Mapping[str, Any]:
@@ -72,7 +79,8 @@ class GGUFSource:
         return list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        """float32, with the rows of Llama's queries and keys put back from interleaved pairs to halves."""
+        """float32, as Hugging Face has it: the rows of Llama's queries and keys are put back from interleaved pairs to
+        halves, and the 1 that Gemma's norms add to their weights is taken out of them."""
         import gguf
 
         tensor = self._tensors[name]
@@ -85,17 +93,19 @@ class GGUFSource:
             return _halves(values, self.config.num_heads)
         if self.header["general.architecture"] == "llama" and ".k_proj." in name:
             return _halves(values, self.config.num_kv_heads)
+        if self._is_gemma and name.endswith("norm.weight"):
+            return values - 1
         return values
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, layer_names: Mapping[str, str]) -> str:
     """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; what is unknown stays as it is."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"
     match stem.split("."):
-        case ["blk", layer, part] if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}"
+        case ["blk", layer, part] if part in layer_names:
+            return f"model.layers.{layer}.{layer_names[part]}.{kind}"
     return name
 
 

@@ -1,6 +1,7 @@
 """The layers that every family is made of. Arrays: T tokens, E hidden width, H heads, D head size."""
 
 import math
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,19 @@ from models.config import ModelConfig, RopeScaling
 Dtype = jnp.dtype | type
 
 
+@dataclass(frozen=True)
+class Compute:
+    """How a model's arithmetic is done, whatever its family.
+
+    Attributes:
+      dtype: of weights and activations; norms, rotary embedding, softmax and logits are float32 in any case.
+      attention_backend: a resolved name of kernels_pallas.attention_backend.
+    """
+
+    dtype: Dtype
+    attention_backend: str
+
+
 class Linear(nn.Module):
     """x [T, in] -> [T, out]. The kernel is [out, in], as checkpoints have it: fusing projections is concatenating.
 
@@ -20,16 +34,17 @@ class Linear(nn.Module):
     """
 
     features: int
-    dtype: Dtype
+    compute: Compute
     use_bias: bool = False
     out_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), self.dtype)
-        y = project(x, kernel, self.out_dtype or self.dtype)
+        dtype = self.compute.dtype
+        kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
+        y = project(x, kernel, self.out_dtype or dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype)
         return y
 
 
@@ -38,11 +53,11 @@ class Embedding(nn.Module):
 
     vocab_size: int
     features: int
-    dtype: Dtype
+    compute: Compute
 
     def setup(self) -> None:
         init = nn.initializers.normal(1.0)
-        self.embedding = self.param("embedding", init, (self.vocab_size, self.features), self.dtype)
+        self.embedding = self.param("embedding", init, (self.vocab_size, self.features), self.compute.dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32[T] -> [T, E]. Ids are validated before they reach the device."""
@@ -68,6 +83,22 @@ class RMSNorm(nn.Module):
         return (y * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * scale + bias over the last axis, in float32 (arXiv 1607.06450)."""
+
+    epsilon: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.dtype).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale + bias).astype(self.dtype)
+
+
 def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
     """Keeps the variance of what passes through: the fan-in is the last axis."""
     return nn.initializers.normal(1 / math.sqrt(shape[-1]))(key, shape, dtype)
@@ -81,29 +112,31 @@ def project(x: jax.Array, kernel: jax.Array, out_dtype: Dtype) -> jax.Array:
         contract_last = (((1,), (1,)), ((), ()))
         return lax.dot_general(lhs, rhs, contract_last, precision=precision, preferred_element_type=out_dtype)
 
-    def kernel_first(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """XLA:CPU repacks a dot's right side on every call: let it be the small one, and the barrier keep the compiler
-        from swapping them back. A bfloat16 product with one row takes it 5 times as long as with two."""
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """XLA repacks a dot's right side on every call: let it be the small one, and the barrier keep the compiler from
+        swapping them back. A bfloat16 product with one row takes it 5 times as long as with two."""
         rows = x.shape[0]
         if rows == 1 and x.dtype == jnp.bfloat16:
             x = jnp.pad(x, ((0, 1), (0, 0)))
         return lax.optimization_barrier(dot(kernel, x)).T[:rows]
 
-    return lax.platform_dependent(x, kernel, cpu=kernel_first, default=dot)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=dot)
 
 
 def rotary_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """int32[T] -> cos and sin, float32[T, 1, D / 2], of the rotary embedding (arXiv 2104.09864)."""
-    frequencies, magnitude = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    """int32[T] -> cos and sin, float32[T, 1, rotary_dim / 2], of the rotary embedding (arXiv 2104.09864)."""
+    rotary_dim = config.rotary_dim or config.head_dim
+    frequencies, magnitude = rotary_frequencies(rotary_dim, config.rope_theta, config.rope_scaling)
     angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
 def apply_rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [T, H, D] in pairs (i, i + D / 2), in float32."""
+    """Rotates x [T, H, D] in pairs (i, i + rotary_dim / 2), in float32; what lies past rotary_dim stays."""
     cos, sin = tables
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
@@ -116,6 +149,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None)
                 frequencies = frequencies / scaling.factor
             case "factors":
                 frequencies = frequencies / np.asarray(scaling.factors)
+                magnitude = scaling.attention_factor or 1.0
             case "llama3":
                 frequencies = _llama3_frequencies(frequencies, scaling)
             case "yarn":

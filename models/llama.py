@@ -5,7 +5,7 @@ tokens, E hidden width, H query heads, K key/value heads, D head size, V vocabul
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, gguf_decoder_fields, layer_windows, refuse_unless
-from models.layers import Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+from models.layers import Compute, Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
 from models.parts import Part, Path
 
 Cache = Any
@@ -24,75 +24,85 @@ Rotary = tuple[jax.Array, jax.Array]
 class Attention(nn.Module):
     config: ModelConfig
     window: int | None
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
-        qkv = Linear((H + 2 * K) * D, self.dtype, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
+        qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
         q, k, v = jnp.split(qkv, [H, H + K], axis=1)
         if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, self.dtype, name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, self.dtype, name="k_norm")(k)
+            q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        sinks = None
+        if c.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (H,), self.compute.dtype).astype(jnp.float32)
         out, cache = ragged_paged_attention(
-            q, k, v, cache, batch, scale=D**-0.5, window=self.window, backend=self.attention_backend
+            q,
+            k,
+            v,
+            cache,
+            batch,
+            scale=D**-0.5,
+            window=self.window,
+            sinks=sinks,
+            backend=self.compute.attention_backend,
         )
-        return Linear(c.hidden_size, self.dtype, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
+        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
     config: ModelConfig
-    dtype: Dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = Linear(2 * self.config.intermediate_size, self.dtype, name="gate_up")(x)
+        gate_up = Linear(2 * self.config.intermediate_size, self.compute, name="gate_up")(x)
         gate, up = jnp.split(gate_up, 2, axis=-1)
-        return Linear(self.config.hidden_size, self.dtype, name="down")(nn.silu(gate) * up)
+        return Linear(self.config.hidden_size, self.compute, name="down")(nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
     config: ModelConfig
     window: int | None
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
-        attention = Attention(c, self.window, self.dtype, self.attention_backend, name="attention")
-        y, cache = attention(RMSNorm(c.rms_norm_eps, self.dtype, name="attention_norm")(x), rotary, cache, batch)
+        attention = Attention(c, self.window, self.compute, name="attention")
+        y, cache = attention(
+            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
+        )
         x = x + y
-        y = FeedForward(c, self.dtype, name="mlp")(RMSNorm(c.rms_norm_eps, self.dtype, name="mlp_norm")(x))
+        y = FeedForward(c, self.compute, name="mlp")(RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x))
         return x + y, cache
 
 
 class Llama(nn.Module):
-    """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`.
+    """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`."""
 
-    Attributes:
-      dtype: of weights and activations; norms, rotary embedding, softmax and logits are float32 in any case.
-      attention_backend: a resolved name of kernels_pallas.attention_backend.
-    """
+    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
 
     config: ModelConfig
-    dtype: Dtype
-    attention_backend: str
+    compute: Compute
 
     def setup(self) -> None:
         c = self.config
-        self.embed = Embedding(c.vocab_size, c.hidden_size, self.dtype)
-        # Under nn.jit layers that differ in nothing but their weights are traced and lowered once.
-        layer = nn.jit(DecoderLayer)
-        self.layers = [layer(c, window, self.dtype, self.attention_backend) for window in c.sliding_windows]
-        self.norm = RMSNorm(c.rms_norm_eps, self.dtype)
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
+        self.layers = self.decoder_layers()
+        self.norm = RMSNorm(c.rms_norm_eps, self.compute.dtype)
         if not c.tie_word_embeddings:
-            self.head = Linear(c.vocab_size, self.dtype, out_dtype=jnp.float32)
+            self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """Under nn.jit layers that differ in nothing but their weights are traced and lowered once."""
+        layer = nn.jit(self.decoder_layer)
+        return [layer(self.config, window, self.compute) for window in self.config.sliding_windows]
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
@@ -124,7 +134,9 @@ class Llama(nn.Module):
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""
         c = self.config
-        shape = cache_shape(num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.attention_backend)
+        shape = cache_shape(
+            num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.compute.attention_backend
+        )
         return (shape,) * c.num_layers
 
 

@@ -1,9 +1,7 @@
 """Fills a model's parameters: from a checkpoint's tensors, or at random. One leaf at a time, straight to the device."""
 
 import math
-from collections.abc import Collection
 from functools import partial
-from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -13,21 +11,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from models.layers import Dtype
-from models.parts import Part
-from models.registry import Params, param_shapes, tensor_parts
+from models.parts import Part, TensorSource
+from models.registry import Params, canonical_source, param_shapes, tensor_parts
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
-
-
-class TensorSource(Protocol):
-    """A checkpoint's tensors by their Hugging Face names, read one at a time."""
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, in whatever float dtype it is stored. Raises ValueError, naming it, if it cannot be read."""
-        ...
 
 
 def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progress: bool = True) -> Params:
@@ -39,7 +26,7 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
       ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
     """
     shapes = flatten_dict(param_shapes(model)["params"])
-    parts = tensor_parts(model.config)
+    parts, source = tensor_parts(model.config), canonical_source(source, model.config)
     _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
     leaves = {}
     total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
@@ -73,17 +60,20 @@ def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype
 
 
 def _assemble(source: TensorSource, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The tensors of `parts`, cast to `dtype` and joined along axis 0 into `shape`."""
+    """The tensors of `parts`, cast to `dtype` and joined along axis 0 into `shape`; along its first two axes, taken as
+    one, where they are a stack of fused parameters."""
     joined = np.empty(shape, dtype)
+    rows = [part.rows or shape[0] for part in parts]
+    joined_axes = 1 if sum(rows) == shape[0] else 2
+    flat = joined.reshape(-1, *shape[joined_axes:])
     start = 0
-    for part in parts:
-        rows = part.rows or shape[0]
+    for part, count in zip(parts, rows, strict=True):
         tensor = source.read(part.name)
-        if tensor.shape != (rows, *shape[1:]):
-            needed = [rows, *shape[1:]]
-            raise ValueError(f"tensor {part.name} has shape {list(tensor.shape)}, but the model needs {needed}")
-        joined[start : start + rows] = tensor
-        start += rows
+        needed = (count, *shape[joined_axes:])
+        if tensor.shape != needed:
+            raise ValueError(f"tensor {part.name} has shape {list(tensor.shape)}, but the model needs {list(needed)}")
+        flat[start : start + count] = tensor
+        start += count
     return joined
 
 

@@ -1,6 +1,9 @@
 """How a family says what its parameters are made of: its `tensor_parts(config)` gives {Path: (Part, ...)}."""
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 Path = tuple[str, ...]  # of a parameter in the module's tree
 
@@ -10,3 +13,14 @@ class Part(NamedTuple):
 
     name: str
     rows: int | None = None
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors by their Hugging Face names, read one at a time."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in whatever float dtype it is stored. Raises ValueError, naming it, if it cannot be read."""
+        ...

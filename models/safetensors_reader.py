@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,22 @@ class SafetensorsSource:
         return list(self._file_of)
 
     def read(self, name: str) -> np.ndarray:
+        return self._get(name, lambda file: file.get_tensor(name))
+
+    def read_row(self, name: str, index: int, of: int) -> np.ndarray:
+        """tensor[index], without reading the others. Raises ValueError if the tensor has not `of` rows."""
+
+        def row(file: Any) -> np.ndarray:
+            tensor = file.get_slice(name)
+            if (shape := tensor.get_shape())[0] != of:
+                raise ValueError(f"tensor {name} has shape {shape}, but the model needs {of} rows")
+            return tensor[index]
+
+        return self._get(name, row)
+
+    def _get(self, name: str, get: Callable[[Any], np.ndarray]) -> np.ndarray:
         try:
-            return self._open(self._file_of[name]).get_tensor(name)
+            return get(self._open(self._file_of[name]))
         except (SafetensorError, TypeError, OSError) as error:
             raise ValueError(f"cannot read tensor {name} of {self.directory / self._file_of[name]}: {error}") from error
 

@@ -11,7 +11,7 @@ from tokenizers import models as tokenizer_models
 
 FastTokenizer = Any  # transformers.PreTrainedTokenizerFast
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF's token types
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,37 +54,31 @@ def load_tokenizer(source: str | Path) -> FastTokenizer:
 
 
 def tokenizer_from_gguf(header: Mapping[str, Any]) -> FastTokenizer:
-    """The byte-level BPE tokenizer that a GGUF header describes; its control tokens are special tokens.
+    """The tokenizer that a GGUF header describes, byte-level BPE or SentencePiece's BPE; its control tokens are
+    special tokens.
 
     Raises:
       ValueError: it is of another kind; say which tokenizer to use instead.
     """
     kind, pre = header.get("tokenizer.ggml.model"), header.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in _PRE_TOKENIZERS:
+    is_sentencepiece = kind == "llama"
+    if not is_sentencepiece and (kind != "gpt2" or pre not in _PRE_TOKENIZERS):
         raise ValueError(
             f"the GGUF file's tokenizer ({kind}, {pre}) is not supported: name the model's own with "
-            f"tokenizer=<hub id or directory>. Supported are gpt2 with: {', '.join(_PRE_TOKENIZERS)}"
+            f"tokenizer=<hub id or directory>. Supported are llama (SentencePiece) and gpt2 with: "
+            f"{', '.join(_PRE_TOKENIZERS)}"
         )
     tokens = header["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(
-        tokenizer_models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]],
-            ignore_merges=pre == "llama-bpe",
-        )
-    )
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _sentencepiece(header) if is_sentencepiece else _byte_level_bpe(header, pre)
     tokenizer.add_special_tokens(_tokens_of_type(header, _CONTROL))
-    tokenizer.add_tokens(_tokens_of_type(header, _USER_DEFINED))
+    # SentencePiece looks for these in text whose spaces are replaced already, the others in text as it is.
+    tokenizer.add_tokens(_tokens_of_type(header, _USER_DEFINED, normalized=is_sentencepiece))
     special = {
         f"{name}_token": tokens[header[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if f"tokenizer.ggml.{key}_token_id" in header
     }
-    if header.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+    if header.get("tokenizer.ggml.add_bos_token", is_sentencepiece or pre == "llama-bpe"):
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
@@ -97,11 +91,54 @@ def tokenizer_from_gguf(header: Mapping[str, Any]) -> FastTokenizer:
     )
 
 
-def _tokens_of_type(header: Mapping[str, Any], wanted: int) -> list[AddedToken]:
+def _byte_level_bpe(header: Mapping[str, Any], pre: str) -> Tokenizer:
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE(
+            vocab={token: index for index, token in enumerate(header["tokenizer.ggml.tokens"])},
+            merges=[tuple(merge.split(" ")) for merge in header["tokenizer.ggml.merges"]],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(header: Mapping[str, Any]) -> Tokenizer:
+    """SentencePiece's BPE: spaces become "▁", what is in no piece falls back to bytes, and of all neighbours those are
+    merged first that make the piece of the highest score."""
+    tokens, scores = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.scores"]
+    kinds = header["tokenizer.ggml.token_type"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    normal = [index for index, kind in enumerate(kinds) if kind == _NORMAL]
+    by_score = sorted(normal, key=lambda index: (-scores[index], index))
+    merges = [
+        (token[:i], token[i:])
+        for token in map(tokens.__getitem__, by_score)
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab
+    ]
+    unknown = tokens[header.get("tokenizer.ggml.unknown_token_id", 0)]
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    adds_space = header.get("tokenizer.ggml.add_space_prefix", True)
+    replace_spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), replace_spaces]) if adds_space else replace_spaces
+    )
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _tokens_of_type(header: Mapping[str, Any], wanted: int, *, normalized: bool = False) -> list[AddedToken]:
     tokens, types = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
     special = wanted == _CONTROL
     return [
-        AddedToken(t, normalized=False, special=special)
+        AddedToken(t, normalized=normalized, special=special)
         for t, kind in zip(tokens, types, strict=True)
         if kind == wanted
     ]

@@ -76,7 +76,7 @@ class SchedulerArgs:
 class RunnerArgs:
     _argument_group_name: ClassVar[str] = "runner"
 
-    attention_backend: Literal["auto", "reference"] = option("auto", "auto: by the device's capability")
+    attention_backend: Literal["auto", "reference", "mosaic_gpu", "mosaic_tpu"] = option("auto", "auto: by device")
     compilation_cache_dir: str | None = option("~/.cache/paged/xla", "compiled programs; empty: not kept")
 
 

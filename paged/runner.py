@@ -124,7 +124,7 @@ class Runner:
         return {key: program.memory_analysis() for key, program in self._steps.items()}
 
     def _lower_score(self, T: int) -> jax.stages.Lowered:
-        hidden = jax.ShapeDtypeStruct((T, self.model.config.hidden_size), self.model.dtype)
+        hidden = jax.ShapeDtypeStruct((T, self.model.config.hidden_size), self.model.compute.dtype)
         rows = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32)
         return jax.jit(partial(score_program, self.model, self.shape.max_logprobs)).lower(
             _shapes(self.params), hidden, rows

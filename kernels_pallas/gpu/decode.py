@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.gpu.merge import merge_splits, stored_rows
-from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, store_column, store_rows
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, num_sms, store_column, store_rows, tiles_of_8
 
 TILE = 64  # cached tokens multiplied at a time
 FIELDS = 8  # columns of the list of work: sequence, first token, last token + 1, kv_len, split, and padding
@@ -106,7 +106,7 @@ def decode_attention(
             jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
             *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
         ),
-        grid=(_num_sms(),),
+        grid=(num_sms(),),
         grid_names=("cta",),
         num_threads=2 * config.workers,
         thread_name="warpgroup",
@@ -118,14 +118,9 @@ def decode_attention(
             *(full, full, free, free),
         ],
         compiler_params=PARAMS,
-    )(work, count, q if 16 % G else _tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables)
+    )(work, count, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables)
     out = merge_splits(parts, maxima, totals, splits, sinks, G, q.dtype)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
-
-
-def _tiles_of_8(x):
-    """x [rows, D] with rows of zeros behind it up to a multiple of 8."""
-    return jnp.pad(x, ((0, -len(x) % 8), (0, 0)))
 
 
 def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratch, G, config, logits):
@@ -247,9 +242,3 @@ def _empty(D):
     column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
     return acc, column - jnp.inf, column
-
-
-def _num_sms() -> int:
-    if device := jax.sharding.get_abstract_mesh().abstract_device:
-        return device.num_cores
-    return jax.devices()[0].core_count

@@ -16,11 +16,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, store_rows
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
 
 COMPUTE = 2  # warpgroups that multiply
 MASKED = -1e30  # finite, so that a row that has seen nothing yet yields no NaN
-ROW, COUNT, POSITION, KV_LEN, SEQ, FIELDS = 0, 1, 2, 3, 4, 8  # columns of the list of work, and its width
+# The list of work has 8 columns: the tile's first row, which of its rows are the sequence's (first, last + 1), the
+# position of the first row, how many cached tokens the tile sees, the sequence, and padding.
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class PrefillConfig:
     Attributes:
       tile: cached tokens multiplied at a time.
       stages: tiles of keys, and of values, in flight.
+      persistent: one CTA an SM takes tile after tile of queries, and its copies run ahead into the next one.
     """
 
     tile: int
     stages: int
+    persistent: bool = True
 
     @classmethod
     def of(cls, head_dim: int) -> "PrefillConfig":
@@ -43,26 +46,29 @@ class PrefillConfig:
 
 
 def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int):
-    """The tiles of `tokens` queries, the longest walks of each sequence first: int32[W, FIELDS].
+    """The tiles of `tokens` queries, the longest walks of each sequence first.
 
-    Tiles of no tokens close the list. Padding rows are one more sequence that sees nothing, so that they become zeros.
+    A tile begins at a multiple of 8 rows, as the copy engine wants it, so that a sequence's first may begin with rows
+    of the one before. Padding rows are one more sequence that sees nothing, so that they become zeros.
+
+    Returns int32[W, 8], and int32[1], how many of them are real.
     """
     S = kv_lens.shape[0]
     seq = jnp.arange(S + 1)
     start = jnp.where(seq < num_seqs[1], cu_q_lens, cu_q_lens[num_seqs[1]])
     stop = jnp.where(seq < num_seqs[1], jnp.append(cu_q_lens[1:], T), jnp.where(seq == num_seqs[1], T, start))
-    tiles = jnp.where(seq >= num_seqs[0], pl.cdiv(stop - start, tokens), 0)
+    aligned = start // 8 * 8
+    tiles = jnp.where((seq >= num_seqs[0]) & (stop > start), pl.cdiv(stop - aligned, tokens), 0)
     through = jnp.sum(jnp.where(seq[:, None] >= seq[None, :], tiles[None, :], 0), axis=1)
-    i = jnp.arange(pl.cdiv(T, tokens) + S + 1)
+    i = jnp.arange(pl.cdiv(T + 7 * (S + 1), tokens) + S + 1)
     s = jnp.minimum(jnp.sum(through[None, :] <= i[:, None], axis=1), S)
-    tile = through[s] - 1 - i
-    row = start[s] + tile * tokens
-    count = jnp.where(tile >= 0, jnp.minimum(stop[s] - row, tokens), 0)
+    row = aligned[s] + (through[s] - 1 - i) * tokens
     kv_len = jnp.append(kv_lens, 0)[s]
     position = kv_len - (stop[s] - row)
     seen = jnp.where(s < num_seqs[1], jnp.minimum(kv_len, position + tokens), 0)
-    columns = [row, count, position, seen, s, 0, 0, 0]
-    return jnp.stack([jnp.broadcast_to(c, i.shape) for c in columns], axis=-1).astype(jnp.int32)
+    nothing = jnp.zeros_like(s)
+    work = jnp.stack([row, start[s] - row, stop[s] - row, position, seen, s, nothing, nothing], axis=-1)
+    return work.astype(jnp.int32), through[-1:].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
@@ -87,7 +93,7 @@ def prefill_attention(
     G = H // K
     config = config or PrefillConfig.of(D)
     heads = COMPUTE if G % COMPUTE == 0 else 1
-    work = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads)
+    work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads)
     ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=TILED)
     full = plgpu.Barrier(num_arrivals=max(1, config.tile // N), num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
@@ -97,58 +103,58 @@ def prefill_attention(
             sinks_given=sinks is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(work.shape[0], H // heads),
-        grid_names=("tile", "heads"),
+        grid=(num_sms() if config.persistent else work.shape[0] * (H // heads),),
+        grid_names=("cta",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         kernel_name="prefill_attention",
         scratch_types=[
             plgpu.SMEM((COMPUTE, ROWS, D), q.dtype, transforms=TILED),
             *(ring, ring),
+            plgpu.Barrier(num_barriers=COMPUTE),
             *(full, full, free, free),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],
         compiler_params=PARAMS,
-    )(work, q, keys, values, block_tables, num_seqs if sinks is None else sinks)  # fmt: skip
+    )(work, count, tiles_of_8(q), keys, values, block_tables, num_seqs if sinks is None else sinks)  # fmt: skip
 
 
 def _attend(
-    work, q, keys, values, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
+    work, count, q, keys, values, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
 ):
-    q_smem, k_smem, v_smem, k_ready, v_ready, k_free, v_free, turn = scratch
-    D = q.shape[-1]
+    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
+    H, D = q.shape[1:]
     N = keys.shape[2]
-    i = lax.axis_index("tile")
     me = lax.axis_index("warpgroup")
-    head = lax.axis_index("heads") * heads
-    row, count, position, seen, seq = (work[i, f] for f in (ROW, COUNT, POSITION, KV_LEN, SEQ))
+    cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
     tile, stages = jnp.int32(config.tile), jnp.int32(config.stages)
-    lowest = jnp.int32(0) if window is None else jnp.maximum(position - (window - 1), 0)
-    begin = lax.div(lowest, tile)
-    end = jnp.maximum(lax.div(seen + tile - 1, tile), begin)
+    items = count[0] * (H // heads)
+    rounds = lax.div(items + ctas - 1, ctas)
 
-    @pl.when((count > 0) & (me < COMPUTE))
+    def item(r):
+        """Back and forth over the CTAs, as work gets lighter along the list. Behind its end, a tile of no rows."""
+        i = r * ctas + jnp.where(lax.rem(r, jnp.int32(2)) == 0, cta, ctas - 1 - cta)
+        real = i < items
+        i = jnp.minimum(i, items - 1)
+        head = lax.rem(i, jnp.int32(H // heads)) * heads
+        i = lax.div(i, jnp.int32(H // heads))
+        row, low, high, position, seen, seq = (work[i, f] for f in range(6))
+        lowest = jnp.int32(0) if window is None else jnp.maximum(position - (window - 1), 0)
+        begin = lax.div(lowest, tile)
+        end = jnp.where(real, jnp.maximum(lax.div(seen + tile - 1, tile), begin), begin)
+        return head, row, low, jnp.where(real, high, 0), position, seq, begin, end
+
+    @pl.when(me < COMPUTE)
     def compute():
         plgpu.set_max_registers(232, action="increase")
-        my_head = head + (me if heads > 1 else 0)
-        offset = 0 if heads > 1 else me * ROWS
-        first = position + offset
-        q_smem[me] = load_rows(q.at[pl.ds(row + offset, ROWS), my_head], count - offset)
-        plgpu.commit_smem()
 
         def take_turn():
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        @pl.when(begin < end)
-        def _():
-            plgpu.barrier_wait(k_ready.at[0])
-
-        pl.when(me == 1)(take_turn)
-
-        def step(t, carry, masked):
+        def step(t, carry, masked, slot_of, first, end):
             acc, m, total = carry
-            slot = lax.rem(t - begin, stages)
+            slot = slot_of(t)
 
             def multiply(scores):
                 plgpu.wgmma(scores, q_smem.at[me], k_smem.at[slot].transpose((1, 0)))
@@ -180,46 +186,69 @@ def _attend(
 
             def weigh(acc):
                 plgpu.wgmma(acc, narrow, v_smem.at[slot])
-
-                @pl.when(t + 1 < end)
-                def _():
-                    plgpu.barrier_wait(k_ready.at[lax.rem(t + 1 - begin, stages)])
+                pl.when(t + 1 < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(t + 1)]))
 
             acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, m_new, total
 
-        carry = _start(D)
-        whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
-        if window is not None:
-            inside = jnp.clip(lax.div(jnp.maximum(first + ROWS - window, 0) + tile - 1, tile), begin, whole)
-            carry = lax.fori_loop(begin, inside, partial(step, masked=True), carry)
-        else:
-            inside = begin
-        carry = lax.fori_loop(inside, whole, partial(step, masked=False), carry)
-        acc, m, total = lax.fori_loop(whole, end, partial(step, masked=True), carry)
-        pl.when(me == 0)(take_turn)
-        if sinks_given:
-            total += jnp.exp2(sinks[my_head] * LOG2E - m)
-        inverse = jnp.where(total > 0, 1 / total, 0.0)
-        acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-        store_rows(out.at[pl.ds(row + offset, ROWS), my_head], acc.astype(out.dtype), count - offset)
+        def attend(r, done):
+            head, row, low, high, position, _, begin, end = item(r)
+            my_head = head + (me if heads > 1 else 0)
+            offset = 0 if heads > 1 else me * ROWS
+            first = position + offset
+            plgpu.copy_gmem_to_smem(q.at[pl.ds(row + offset, ROWS), my_head], q_smem.at[me], q_ready.at[me])
 
-    @pl.when((count > 0) & (me == COMPUTE))
+            def slot_of(t):
+                return lax.rem(done + t - begin, stages)
+
+            plgpu.barrier_wait(q_ready.at[me])
+            pl.when(begin < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(begin)]))
+            part = partial(step, slot_of=slot_of, first=first, end=end)
+            carry = _start(D)
+            whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
+            inside = begin
+            if window is not None:
+                inside = jnp.clip(lax.div(jnp.maximum(first + ROWS - window, 0) + tile - 1, tile), begin, whole)
+                carry = lax.fori_loop(begin, inside, partial(part, masked=True), carry)
+            carry = lax.fori_loop(inside, whole, partial(part, masked=False), carry)
+            acc, m, total = lax.fori_loop(whole, end, partial(part, masked=True), carry)
+            if sinks_given:
+                total += jnp.exp2(sinks[my_head] * LOG2E - m)
+            inverse = jnp.where(total > 0, 1 / total, 0.0)
+            acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+            rows = out.at[pl.ds(row + offset, ROWS), my_head]
+            store_rows(rows, acc.astype(out.dtype), high - offset, low - offset)
+            return done + end - begin
+
+        pl.when(me == 1)(take_turn)
+        lax.fori_loop(0, rounds, attend, jnp.int32(0))
+        pl.when(me == 0)(take_turn)
+
+    @pl.when(me == COMPUTE)
     def copy():
         plgpu.set_max_registers(40, action="decrease")
-        kv_head = lax.div(head, jnp.int32(G))
 
-        def step(t, _):
-            slot = lax.rem(t - begin, stages)
-            slabs = [_slab(tables, seq, kv_head, t * tile, N, config.tile, p) for p in range(max(1, config.tile // N))]
-            for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
-                pl.when(t - begin >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
-                for p, slab in enumerate(slabs):
-                    rows = pl.ds(p * min(N, config.tile), min(N, config.tile))
-                    plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[slot, rows], ready.at[slot])
+        def fetch(r, done):
+            head, _, _, _, _, seq, begin, end = item(r)
+            kv_head = lax.div(head, jnp.int32(G))
 
-        lax.fori_loop(begin, end, step, None)
+            def step(t, _):
+                nth = done + t - begin
+                slot = lax.rem(nth, stages)
+                slabs = [
+                    _slab(tables, seq, kv_head, t * tile, N, config.tile, p) for p in range(max(1, config.tile // N))
+                ]
+                for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
+                    pl.when(nth >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
+                    for p, slab in enumerate(slabs):
+                        rows = pl.ds(p * min(N, config.tile), min(N, config.tile))
+                        plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[slot, rows], ready.at[slot])
+
+            lax.fori_loop(begin, end, step, None)
+            return done + end - begin
+
+        lax.fori_loop(0, rounds, fetch, jnp.int32(0))
 
 
 def _slab(tables, seq, head, token, N, tile, p):

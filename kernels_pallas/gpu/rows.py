@@ -23,19 +23,31 @@ PARAMS = plgpu.CompilerParams(
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
+def num_sms() -> int:
+    """Of the device, or of the one that is compiled for."""
+    if device := jax.sharding.get_abstract_mesh().abstract_device:
+        return device.num_cores
+    return jax.devices()[0].core_count
+
+
+def tiles_of_8(x):
+    """x [rows, ...] with zeros behind it up to a multiple of 8 rows, the least that the copy engine moves."""
+    return jnp.pad(x, ((0, -len(x) % 8),) + ((0, 0),) * (x.ndim - 1))
+
+
 def load_rows(ref, count) -> jax.Array:
     """The first `count` rows of ref [any, D], as [ROWS, D]; the rest repeat the last, or row 0 where there is none."""
     return _load(ref, count, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA)
 
 
-def store_rows(ref, x, count) -> None:
-    """Stores the first `count` rows of x [ROWS, D] to ref [any, D], or flat, [any * D]."""
-    _store(ref, x, count, plgpu.Layout.WGMMA)
+def store_rows(ref, x, stop, start=0) -> None:
+    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], or flat, [any * D]."""
+    _store(ref, x, start, stop, plgpu.Layout.WGMMA)
 
 
 def store_column(ref, x, count) -> None:
     """Stores the first `count` values of x [ROWS] to ref [any]."""
-    _store(ref, x, count, plgpu.Layout.WGMMA.reduce(1))
+    _store(ref, x, 0, count, plgpu.Layout.WGMMA.reduce(1))
 
 
 def _load(ref, count, shape, layout):
@@ -56,17 +68,18 @@ def _load(ref, count, shape, layout):
     return load(ref, jnp.asarray(count, jnp.int32))
 
 
-def _store(ref, x, count, layout):
+def _store(ref, x, start, stop, layout):
     flat = len(ref.shape) < x.ndim
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR))
-    def store(_, ref, x, count):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
+    def store(_, ref, x, *bounds):
         index = ir.IndexType.get()
-        last = arith.index_cast(index, count.registers.item())
+        first, end = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
         for place, register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place[0], last)):
+            below = arith.cmpi(arith.CmpIPredicate.slt, place[0], end)
+            with mgpu.when(arith.andi(below, arith.cmpi(arith.CmpIPredicate.sge, place[0], first))):
                 if flat:
                     place = (arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1]),)
                 vector.store(register, ref, place)
 
-    store(ref, x, jnp.asarray(count, jnp.int32))
+    store(ref, x, jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention, reference
 
 BLOCK = 8
 
@@ -120,3 +120,18 @@ def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(
         run(*alone.args, alone.cache, alone.batch)[0], run(*full.args, full.cache, full.batch)[0]
     )
+
+
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 1, 32), (9, 3, 64), (4, 2, 8), (16, 8, 128)])
+def test_a_decode_is_the_same_bits_in_any_company(H: int, K: int, D: int) -> None:
+    rng = np.random.default_rng(0)
+    cache = tuple(jnp.asarray(rng.normal(size=(90, K, 16, D)), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.normal(size=(16, H, D)), jnp.float32)
+    lens = jnp.asarray(rng.integers(1, 250, 16), jnp.int32)
+    tables = jnp.asarray(rng.integers(1, 90, (16, 16)), jnp.int32)
+    attend = jax.jit(
+        lambda *a: reference.attend_decodes(a[0], cache, a[1], a[2], reference.Options(0.3, None, None, None))
+    )
+    together = np.asarray(attend(q, lens, tables))
+    for S in (1, 2, 3, 5, 8):
+        np.testing.assert_array_equal(np.asarray(attend(q[:S], lens[:S], tables[:S])), together[:S])

@@ -29,7 +29,7 @@ class PagedDriver:
         self.params = params
         self.caches = jax.tree.map(
             lambda s: jnp.full(s.shape, 7, s.dtype),  # stale values that nothing may see
-            model.cache_shapes(num_blocks, BLOCK_SIZE, model.dtype),
+            model.cache_shapes(num_blocks, BLOCK_SIZE, model.compute.dtype),
         )
         self.free = list(np.random.default_rng(0).permutation(np.arange(1, num_blocks)))
         self.max_blocks = max_blocks

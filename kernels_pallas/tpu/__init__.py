@@ -1,0 +1,1 @@
+"""Kernels for Cloud TPU, in Pallas' Mosaic TPU dialect."""

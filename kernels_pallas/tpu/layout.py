@@ -1,0 +1,159 @@
+"""How the cache lies in a TPU's memory, and the block sizes of the kernels over it.
+
+One layer's cache is one array [B, K, N, L]: a page holds keys and values of all heads, and a row of L lanes holds one
+token's key beside its value, so that one DMA of contiguous memory fetches a page and a head's rows fill whole tiles.
+Heads of up to 64 share a register's 128 lanes between key and value; wider ones get multiples of 128 lanes each.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128  # of a vector register
+VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
+VMEM_BUDGET = 24 << 20  # what the block sizes aim at: the rest is the compiler's own temporaries
+SMEM_LIMIT = 960 << 10  # bytes of block tables and lengths, of the 1 MiB of scalar memory
+STAGES = 4  # key/value buffers: one in use, the others on their way
+CHUNK_BYTES = 1 << 20  # of keys and values fetched at a time: 3 on their way cover the latency of HBM
+DECODES_PER_TILE = 8
+PROMPT_ROWS = 512  # query rows of one head group that share a pass over a chunk
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the head size decides.
+
+    Attributes:
+      key_lanes: lanes of a query that meets a row of the cache; zeros from head_dim on.
+      value_start: first lane of the values in a row.
+      value_lanes: lanes of a row that are weighted and summed, from `row_lanes - value_lanes` on.
+    """
+
+    head_dim: int
+
+    @property
+    def packed(self) -> bool:
+        return self.head_dim <= LANES // 2
+
+    @property
+    def row_lanes(self) -> int:
+        return LANES if self.packed else 2 * self.key_lanes
+
+    @property
+    def key_lanes(self) -> int:
+        return _round_up(self.head_dim, LANES)
+
+    @property
+    def value_start(self) -> int:
+        return self.row_lanes // 2
+
+    @property
+    def value_lanes(self) -> int:
+        return self.key_lanes
+
+
+def sublanes(dtype) -> int:
+    """Rows of a tile of `dtype`: 8 of float32, 16 of bfloat16."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype) -> jax.ShapeDtypeStruct:
+    """Raises ValueError where a block's rows do not fill tiles."""
+    rows = sublanes(dtype)
+    if block_size % rows:
+        raise ValueError(
+            f"block_size must be a multiple of {rows} for a TPU's {jnp.dtype(dtype).name} cache, not {block_size}"
+        )
+    return jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, Layout(head_dim).row_lanes), dtype)
+
+
+def pack_rows(k: jax.Array, v: jax.Array, dtype) -> jax.Array:
+    """k, v [T, K, D] -> rows of the cache, [T, K, L]."""
+    layout = Layout(k.shape[-1])
+    half = layout.row_lanes // 2
+    return jnp.concatenate([_pad_lanes(k, half), _pad_lanes(v, half)], axis=-1).astype(dtype)
+
+
+def pad_queries(q: jax.Array) -> jax.Array:
+    """[..., D] -> [..., key_lanes]. Under a packed layout the zeros meet the values and add nothing."""
+    return _pad_lanes(q, Layout(q.shape[-1]).key_lanes)
+
+
+def unpack_output(out: jax.Array, head_dim: int) -> jax.Array:
+    """[..., value_lanes] -> [..., D]."""
+    start = Layout(head_dim).value_start if Layout(head_dim).packed else 0
+    return out[..., start : start + head_dim]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The sizes of one attention kernel.
+
+    Attributes:
+      tile: query tokens of a grid step; for decodes, sequences.
+      chunk: cached tokens of one buffer, a whole number of pages and of LANES.
+      decode: every token of a tile is a sequence of its own.
+    """
+
+    tile: int
+    chunk: int
+    decode: bool
+
+    @classmethod
+    def choose(cls, q_shape: tuple[int, int, int], dtype, cache: jax.ShapeDtypeStruct, *, decode: bool) -> "Blocks":
+        """The largest that fit the budget: chunks of about CHUNK_BYTES, tiles of about PROMPT_ROWS rows a head group.
+
+        q_shape: [T, H, key_lanes]. Tiles shrink first, as a chunk must be large enough for HBM's latency.
+        """
+        T, H, _ = q_shape
+        _, K, N, L = cache.shape
+        token_bytes = K * L * jnp.dtype(cache.dtype).itemsize
+        unit = max(LANES, N)
+        chunk = max(unit, min(512, CHUNK_BYTES // token_bytes) // unit * unit)
+        if decode:
+            tile = min(T, DECODES_PER_TILE)
+        else:
+            tile = min(_power_of_two_up(T), max(16, _power_of_two(PROMPT_ROWS // (H // K))), 256)
+        blocks = cls(max(tile, 1 if decode else 16), chunk, decode)
+        while blocks.vmem_bytes(q_shape, dtype, cache) > VMEM_BUDGET:
+            if not decode and blocks.tile > 16:
+                blocks = cls(blocks.tile // 2, blocks.chunk, decode)
+            elif blocks.chunk > unit:
+                blocks = cls(blocks.tile, _round_up(blocks.chunk // 2, unit), decode)
+            else:
+                break
+        return blocks
+
+    def vmem_bytes(self, q_shape: tuple[int, int, int], dtype, cache: jax.ShapeDtypeStruct) -> int:
+        """Bytes of VMEM that the kernel's buffers take, and an allowance for one head's scores.
+
+        Queries and outputs are double-buffered by the pipeline; rows are padded to whole tiles.
+        """
+        _, H, W = q_shape
+        _, K, _, L = cache.shape
+        G, itemsize = H // K, jnp.dtype(dtype).itemsize
+        rows = _round_up(G, 8) if self.decode else G * self.tile
+        block_rows = self.tile * _round_up(G, sublanes(dtype)) if self.decode else rows
+        queries_and_outputs = 2 * 2 * K * block_rows * W * itemsize
+        keys_and_values = STAGES * self.chunk * K * L * jnp.dtype(cache.dtype).itemsize
+        sums = K * rows * (2 * LANES + W) * 4
+        scores = 3 * rows * self.chunk * 4 + 2 * self.chunk * L * jnp.dtype(cache.dtype).itemsize
+        return queries_and_outputs + keys_and_values + sums + scores
+
+
+def _pad_lanes(x: jax.Array, lanes: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, lanes - x.shape[-1]),))
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _power_of_two(x: int) -> int:
+    """The largest that is not above x."""
+    return 1 << (max(1, x).bit_length() - 1)
+
+
+def _power_of_two_up(x: int) -> int:
+    return 1 << (x - 1).bit_length()

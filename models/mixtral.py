@@ -1,0 +1,118 @@
+"""Sparse decoders that are otherwise Llama's: Mixtral (arXiv 2401.04088) and Qwen3-MoE (arXiv 2505.09388)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from kernels_pallas import AttentionBatch
+from models import llama
+from models.config import ModelConfig
+from models.config_fields import Fields, decoder_fields, layer_windows, refuse_unless, required
+from models.expert_tensors import ExpertTensors
+from models.experts_config import ExpertsConfig
+from models.layers import Compute, RMSNorm
+from models.moe import SparseFeedForward
+from models.parts import Part, Path, TensorSource
+
+
+class SparseDecoderLayer(nn.Module):
+    config: ModelConfig
+    window: int | None
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    ) -> tuple[jax.Array, llama.Cache]:
+        c = self.config
+        attention = llama.Attention(c, self.window, self.compute, name="attention")
+        y, cache = attention(
+            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
+        )
+        x = x + y
+        y = SparseFeedForward(c, self.compute, name="mlp")(
+            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x), batch
+        )
+        return x + y, cache
+
+
+class Mixtral(llama.Llama):
+    """Llama with experts in the layers that config.experts.layers marks."""
+
+    def decoder_layers(self) -> list[nn.Module]:
+        c = self.config
+        assert c.experts is not None
+        kinds = {False: nn.jit(llama.DecoderLayer), True: nn.jit(SparseDecoderLayer)}
+        return [
+            kinds[sparse](c, window, self.compute)
+            for sparse, window in zip(c.experts.layers, c.sliding_windows, strict=True)
+        ]
+
+
+def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
+    """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
+    refuse_unless(architecture, config, hidden_act="silu", partial_rotary_factor=1.0)
+    fields = decoder_fields(config)
+    bias, num_layers = bool(config.get("attention_bias", False)), fields["num_layers"]
+    shared = {"qkv_bias": bias, "out_bias": bias, "sliding_windows": _sliding_windows(architecture, config)}
+    if architecture == "MixtralForCausalLM":
+        experts = ExpertsConfig(
+            count=required(config, "num_local_experts"),
+            chosen=required(config, "num_experts_per_tok"),
+            intermediate_size=fields["intermediate_size"],
+            layers=(True,) * num_layers,
+        )
+        return fields | shared | {"experts": experts}
+    dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+    experts = ExpertsConfig(
+        count=config.get("num_local_experts") or required(config, "num_experts"),
+        chosen=required(config, "num_experts_per_tok"),
+        intermediate_size=required(config, "moe_intermediate_size"),
+        layers=tuple(i not in dense and (i + 1) % every == 0 for i in range(num_layers)),
+        normalise=bool(config.get("norm_topk_prob", False)),
+    )
+    return fields | shared | {"experts": experts, "qk_norm": True}
+
+
+def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """One window for all layers, which Qwen3-MoE must also switch on."""
+    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if architecture == "Qwen3MoeForCausalLM" and not config.get("use_sliding_window", False):
+        window = None
+    return layer_windows(window, ["sliding_attention"] * num_layers)
+
+
+def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
+    """As models.llama's, with the router and the experts of sparse layers in the place of their feed-forward."""
+    assert config.experts is not None
+    parts = llama.tensor_parts(config)
+    for layer, sparse in enumerate(config.experts.layers):
+        if sparse:
+            parts |= expert_parts(config, f"layers_{layer}", f"model.layers.{layer}.mlp", "gate")
+    return parts
+
+
+def expert_parts(config: ModelConfig, layer: str, mlp: str, router: str) -> dict[Path, tuple[Part, ...]]:
+    """Of one sparse layer's feed-forward, in the names of models.expert_tensors."""
+    experts = config.experts
+    assert experts is not None
+    parts: dict[Path, tuple[Part, ...]] = {}
+    for kind, leaf in [("weight", "kernel"), ("bias", "bias")][: 1 + experts.bias]:
+        parts[layer, "mlp", "router", leaf] = (Part(f"{mlp}.{router}.{kind}"),)
+        parts[layer, "mlp", "gate_up", leaf] = tuple(
+            Part(f"{mlp}.experts.{n}.{name}_proj.{kind}", experts.intermediate_size)
+            for n in range(experts.count)
+            for name in ("gate", "up")
+        )
+        parts[layer, "mlp", "down", leaf] = tuple(
+            Part(f"{mlp}.experts.{n}.down_proj.{kind}", config.hidden_size) for n in range(experts.count)
+        )
+    return parts
+
+
+def canonical_source(source: TensorSource, config: ModelConfig) -> TensorSource:
+    """Experts under each one's own name, in whichever layout they are stored."""
+    assert config.experts is not None
+    return ExpertTensors(source, config.experts.count)

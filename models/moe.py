@@ -1,0 +1,97 @@
+"""Sparse feed-forward layers: a router sends each token to a few of many experts (arXiv 1701.06538).
+
+Rows are sorted by expert, and each expert multiplies its own (kernels_pallas.grouped_matmul). Letters: T tokens,
+E hidden width, X experts, k experts a token goes to, F an expert's inner width, M = T * k rows.
+
+Padding tokens go to no expert. A token's result depends on the token and on T, the size of the step, alone: not on
+which tokens share the step or its experts. Its experts' outputs are added in float32, the best expert's first.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import AttentionBatch, grouped_matmul
+from models.config import ModelConfig
+from models.experts_config import ExpertsConfig
+from models.layers import Compute, Linear
+
+
+class GroupedLinear(nn.Module):
+    """x [M, in], rows sorted by expert -> [M, out]. The kernel is [X, out, in]."""
+
+    experts: int
+    features: int
+    compute: Compute
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, expert: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """expert: int32[M], the expert of each row; group_sizes: int32[X], the rows of each expert."""
+        kernel = self.param(
+            "kernel", nn.initializers.normal(), (self.experts, self.features, x.shape[-1]), self.compute.dtype
+        )
+        y = grouped_matmul(x, kernel, group_sizes)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.experts, self.features), self.compute.dtype)[expert]
+        return y
+
+
+class SparseFeedForward(nn.Module):
+    config: ModelConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
+        """x [T, E] -> [T, E]; zeros in padding rows."""
+        c = self.config.experts
+        assert c is not None
+        T, E = x.shape
+        router = Linear(c.count, self.compute, use_bias=c.bias, out_dtype=jnp.float32, name="router")
+        weights, chosen = route(router(x), c)
+        is_token = (jnp.arange(T) < batch.cu_q_lens[batch.num_seqs[1]])[:, None]
+        order, expert, group_sizes = sort_by_expert(jnp.where(is_token, chosen, c.count), c.count)
+        rows = x[order // c.chosen]
+        gate_up = GroupedLinear(c.count, 2 * c.intermediate_size, self.compute, c.bias, name="gate_up")
+        down = GroupedLinear(c.count, E, self.compute, c.bias, name="down")
+        y = down(gated(gate_up(rows, expert, group_sizes), c), expert, group_sizes)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+        y = y[place].reshape(T, c.chosen, E).astype(jnp.float32)
+        mixed = jnp.sum(y * weights[..., None], axis=1)
+        return jnp.where(is_token, mixed, 0).astype(self.compute.dtype)
+
+
+def route(logits: jax.Array, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+    """Router logits float32[T, X] -> the weights of each token's experts, float32[T, k], and which they are, best
+    first, int32[T, k]."""
+    if config.softmax_over_chosen:
+        scores, chosen = lax.top_k(logits, config.chosen)
+        return jax.nn.softmax(scores, axis=-1), chosen
+    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), config.chosen)
+    if config.normalise:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, chosen
+
+
+def sort_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Orders the M choices of int32[T, k] by expert; num_experts marks a choice that goes nowhere and comes last.
+
+    Returns:
+      int32[M], the choice in each sorted row; int32[M], its expert, the last where there is none; int32[X], how many
+      rows each expert has.
+    """
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat)
+    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return order, jnp.minimum(flat[order], num_experts - 1), group_sizes
+
+
+def gated(gate_up: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """[M, 2F] -> [M, F]: SwiGLU (arXiv 2002.05202), or gpt-oss's, clamped, scaled and with a linear part."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    if config.swiglu_limit is None:
+        return nn.silu(gate) * up
+    gate = jnp.minimum(gate, config.swiglu_limit)
+    up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    return gate * nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)

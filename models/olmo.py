@@ -1,0 +1,75 @@
+"""OLMo 2 (arXiv 2501.00656): Llama with norms after attention and MLP, not before, over all queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import AttentionBatch, ragged_paged_attention
+from models import llama
+from models.config import ModelConfig
+from models.config_fields import Fields, decoder_fields, refuse_unless
+from models.layers import Compute, Linear, RMSNorm, apply_rotary
+from models.parts import Part, Path
+
+NORMS = {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    ) -> tuple[jax.Array, llama.Cache]:
+        c = self.config
+        H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
+        qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x)
+        q, k, v = jnp.split(qkv, [H * D, (H + K) * D], axis=1)
+        q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q).reshape(-1, H, D)
+        k = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k).reshape(-1, K, D)
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        out, cache = ragged_paged_attention(
+            q, k, v.reshape(-1, K, D), cache, batch, scale=D**-0.5, backend=self.compute.attention_backend
+        )
+        return Linear(c.hidden_size, self.compute, name="out")(out.reshape(-1, H * D)), cache
+
+
+class DecoderLayer(nn.Module):
+    config: ModelConfig
+    window: int | None
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    ) -> tuple[jax.Array, llama.Cache]:
+        c = self.config
+        y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
+        x = x + RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(y)
+        y = llama.FeedForward(c, self.compute, name="mlp")(x)
+        return x + RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(y), cache
+
+
+class Olmo2(llama.Llama):
+    """The decoder: Llama's around other layers."""
+
+    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
+
+
+def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
+    """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
+    refuse_unless(architecture, config, hidden_act="silu", attention_bias=False)
+    return decoder_fields({"rms_norm_eps": 1e-5, **config}) | {"qk_norm": True}
+
+
+def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
+    """Llama's, but for the norms of a layer."""
+    parts = llama.tensor_parts(config)
+    for layer in range(config.num_layers):
+        for path, name in NORMS.items():
+            parts[f"layers_{layer}", path, "scale"] = (Part(f"model.layers.{layer}.{name}.weight"),)
+    return parts
