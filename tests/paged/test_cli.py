@@ -133,7 +133,7 @@ def test_help_is_grouped_one_line_an_option_with_defaults(capsys, monkeypatch) -
                 assert "[" not in line.replace("[no-]", "")
             else:
                 assert line.endswith(f"[{' '.join(shown) if isinstance(shown, tuple) else shown}]"), line
-    assert not any("_" in line.split()[0] for line in lines if line.startswith("  -")), "flags are shown with dashes only"
+    assert not any("_" in line.split()[0] for line in lines if line.startswith("  -")), "flags have dashes only"
 
 
 def test_help_fits_a_narrow_terminal(capsys, monkeypatch) -> None:
