@@ -2,10 +2,25 @@
 
 from kernels_pallas.attention import (
     AttentionBatch,
+    QKNorm,
     attention_backend,
     cache_shape,
+    latent_cache_shape,
+    qkv_attention,
     ragged_paged_attention,
 )
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.rotary import apply_rotary, rms_norm
 
-__all__ = ["AttentionBatch", "attention_backend", "cache_shape", "grouped_matmul", "ragged_paged_attention"]
+__all__ = [
+    "AttentionBatch",
+    "QKNorm",
+    "apply_rotary",
+    "attention_backend",
+    "cache_shape",
+    "grouped_matmul",
+    "latent_cache_shape",
+    "qkv_attention",
+    "ragged_paged_attention",
+    "rms_norm",
+]

@@ -12,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from kernels_pallas.rotary import Tables, apply_rotary, rms_norm
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,17 @@ class AttentionBatch:
     cu_q_lens: jax.Array
     num_seqs: jax.Array
     decode_only: bool = False
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["q", "k"], meta_fields=["epsilon", "offset"])
+@dataclass(frozen=True)
+class QKNorm:
+    """RMS norms of each head's queries and keys: weights [D] each, to which `offset` is added."""
+
+    q: jax.Array
+    k: jax.Array
+    epsilon: float
+    offset: float = 0.0
 
 
 def attention_backend(name: str = "auto") -> str:
@@ -89,10 +103,17 @@ def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: i
     return _implementation(backend).cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
 
+def latent_cache_shape(num_blocks: int, block_size: int, head_dim: int, dtype) -> Cache:
+    """As `cache_shape`, of the one head whose keys are its values too (multi-head latent attention): each is kept
+    once, as the reference has it, for no backend has a kernel for it yet."""
+    keys, _ = _implementation("reference").cache_shape(num_blocks, block_size, 1, head_dim, dtype)
+    return (keys,)
+
+
 def ragged_paged_attention(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     cache: Cache,
     batch: AttentionBatch,
     *,
@@ -106,7 +127,9 @@ def ragged_paged_attention(
 
     Args:
       q: [T, H, D]. k, v: [T, K, D], of the tokens of this step. Rows past the last sequence are padding.
-      cache: this layer's cache, of `cache_shape`; donated by the step, updated in place.
+        v None: the keys are the values too.
+      cache: this layer's cache, of `cache_shape`, or of `latent_cache_shape` where v is None; donated by the step,
+        updated in place.
       scale: multiplies the scores.
       window: a token sees itself and the window - 1 tokens before it; None sees all.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv 2408.00118).
@@ -115,6 +138,44 @@ def ragged_paged_attention(
     Returns:
       [T, H, D] in q's dtype, zeros in padding rows, and the cache.
     """
+    if v is None and backend != "reference":
+        log.warning("No attention kernel for keys that are the values too: attention runs through plain XLA")
+        backend = "reference"
     return _implementation(backend).ragged_paged_attention(
         q, k, v, cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )
+
+
+def qkv_attention(
+    qkv: jax.Array,
+    rotary: Tables,
+    norms: QKNorm | None,
+    cache: Cache,
+    batch: AttentionBatch,
+    *,
+    num_heads: int,
+    backend: str,
+    **options: Any,
+) -> tuple[jax.Array, Cache]:
+    """From a fused projection to attention: q/k norm, rotary embedding and `ragged_paged_attention`.
+
+    Args:
+      qkv: [T, H + 2K, D]: the heads of queries, keys and values.
+      rotary: cos and sin, float32[T, 1, R / 2] with R <= D.
+      norms: of queries and keys, before the rotary embedding; None: there are none.
+      options: as of ragged_paged_attention.
+    """
+    implementation = _implementation(backend)
+    if hasattr(implementation, "qkv_attention"):
+        return implementation.qkv_attention(qkv, rotary, norms, cache, batch, num_heads=num_heads, **options)
+    q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
+    return ragged_paged_attention(q, k, v, cache, batch, backend=backend, **options)
+
+
+def rotated_qkv(qkv: jax.Array, rotary: Tables, norms: QKNorm | None, num_heads: int) -> list[jax.Array]:
+    """[T, H + 2K, D] -> q [T, H, D], k and v [T, K, D]."""
+    num_kv_heads = (qkv.shape[1] - num_heads) // 2
+    q, k, v = jnp.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
+    if norms is not None:
+        q, k = (rms_norm(x, w, norms.epsilon, norms.offset) for x, w in ((q, norms.q), (k, norms.k)))
+    return [apply_rotary(q, rotary), apply_rotary(k, rotary), v]

@@ -1,9 +1,9 @@
 """Ragged paged attention in plain jnp: the oracle for the kernels, and the path where there is no kernel.
 
-One layer's cache is a pair of arrays [B, K, N, D], keys and values. Attention walks over chunks of cached tokens
-with an online softmax (arXiv 1805.02867), so it gathers only blocks in use and keeps no score matrix; how far it
-walks is decided at run time by the longest sequence. A chunk that lies wholly behind a sequence's end changes
-nothing in that sequence's sums, to the bit, so a result never depends on the neighbours in the batch.
+One layer's cache is a pair of arrays [B, K, N, D], keys and values, or one array that is both. Attention walks over
+chunks of cached tokens with an online softmax (arXiv 1805.02867), so it gathers only blocks in use and keeps no score
+matrix; how far it walks is decided at run time by the longest sequence. A chunk that lies wholly behind a sequence's
+end changes nothing in that sequence's sums, to the bit, so a result never depends on the neighbours in the batch.
 """
 
 from typing import NamedTuple
@@ -52,8 +52,15 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, si
 
 
 def write_cache(k, v, cache, batch):
-    """Puts token t's key and value at its position's block and offset; padding goes to block 0."""
-    tokens = jnp.arange(k.shape[0])
+    """Puts token t's key and value at its position's block and offset."""
+    block, offset = places(len(k), cache, batch)
+    news = (k, v)[: len(cache)]
+    return tuple(x.at[block, :, offset].set(new.astype(x.dtype)) for x, new in zip(cache, news, strict=True))
+
+
+def places(num_tokens, cache, batch):
+    """int32[T] each: the block and the offset in it of every token of the step; padding goes to block 0."""
+    tokens = jnp.arange(num_tokens)
     if batch.decode_only:
         seq, position = tokens, batch.kv_lens - 1
     else:
@@ -61,17 +68,15 @@ def write_cache(k, v, cache, batch):
         seq = jnp.minimum(seq, batch.kv_lens.shape[0] - 1)
         position = batch.kv_lens[seq] - batch.cu_q_lens[seq + 1] + tokens
     valid = (position >= 0) & (tokens < batch.cu_q_lens[batch.num_seqs[1]])
-    keys, values = cache
-    block_size = keys.shape[2]
+    block_size = cache[0].shape[2]
     position = jnp.where(valid, position, 0)
     block = jnp.where(valid, batch.block_tables[seq, position // block_size], 0)
-    offset = position % block_size
-    return keys.at[block, :, offset].set(k.astype(keys.dtype)), values.at[block, :, offset].set(v.astype(values.dtype))
+    return block, position % block_size
 
 
 def attend_decodes(q, cache, kv_lens, block_tables, options: Options):
     """One query token for each sequence. q [S, H, D]; rows with kv_lens 0 give zeros."""
-    keys, values = cache
+    keys, values = cache[0], cache[-1]
     rows, H, D = q.shape
     S = max(rows, -(-SAME_EXP // (H * KV_CHUNK)))
     q, kv_lens, block_tables = (_rows(x, S) for x in (q, kv_lens, block_tables))
@@ -133,7 +138,7 @@ def attend_prompts(q, out, cache, batch, options: Options):
 
 def _attend_tile(q, position, used, block_table, cache, blocks_per_chunk, options: Options):
     """q [Q, H, D] at `position` [Q] of one sequence, over its first `used` cached tokens."""
-    keys, values = cache
+    keys, values = cache[0], cache[-1]
     Q, H, D = q.shape
     K, N = keys.shape[1:3]
     chunk = blocks_per_chunk * N

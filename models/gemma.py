@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -25,7 +25,7 @@ from models.config_fields import (
     required,
     rope,
 )
-from models.layers import Compute, Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
 
 Cache = Any
@@ -44,16 +44,17 @@ class Attention(nn.Module):
         c = self.config
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x).reshape(-1, H + 2 * K, D)
-        q, k, v = jnp.split(qkv, [H, H + K], axis=1)
+        norms = None
         if c.qk_norm:
-            q = Norm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q)
-            k = Norm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k)
-        out, cache = ragged_paged_attention(
-            apply_rotary(q, rotary),
-            apply_rotary(k, rotary),
-            v,
+            q_norm, k_norm = (NormScale(D, self.compute.dtype, name=name)() for name in ("q_norm", "k_norm"))
+            norms = QKNorm(q_norm, k_norm, c.rms_norm_eps, offset=1.0)
+        out, cache = qkv_attention(
+            qkv,
+            rotary,
+            norms,
             cache,
             batch,
+            num_heads=H,
             scale=c.attention_scale or D**-0.5,
             window=self.window,
             soft_cap=c.attention_soft_cap,

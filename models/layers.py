@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas import rms_norm
 from models.config import ModelConfig, RopeScaling
 
 Dtype = jnp.dtype | type
@@ -78,9 +79,18 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        y = x.astype(jnp.float32)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * (self.offset + scale.astype(jnp.float32))).astype(self.dtype)
+        return rms_norm(x, scale, self.epsilon, self.offset)
+
+
+class NormScale(nn.Module):
+    """The weight of an RMSNorm that an operation applies on its way: [features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("scale", nn.initializers.ones, (self.features,), self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -129,14 +139,6 @@ def rotary_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array,
     frequencies, magnitude = rotary_frequencies(rotary_dim, config.rope_theta, config.rope_scaling)
     angles = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
-
-
-def apply_rotary(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [T, H, D] in pairs (i, i + rotary_dim / 2), in float32; what lies past rotary_dim stays."""
-    cos, sin = tables
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:

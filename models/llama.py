@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, gguf_decoder_fields, layer_windows, refuse_unless
-from models.layers import Compute, Dtype, Embedding, Linear, RMSNorm, apply_rotary, rotary_tables
+from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
 
 Cache = Any
@@ -31,25 +31,16 @@ class Attention(nn.Module):
         c = self.config
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
-        q, k, v = jnp.split(qkv, [H, H + K], axis=1)
+        norms = sinks = None
         if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k)
-        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        sinks = None
+            q_norm, k_norm = (NormScale(D, self.compute.dtype, name=name)() for name in ("q_norm", "k_norm"))
+            norms = QKNorm(q_norm, k_norm, c.rms_norm_eps)
         if c.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (H,), self.compute.dtype).astype(jnp.float32)
-        out, cache = ragged_paged_attention(
-            q,
-            k,
-            v,
-            cache,
-            batch,
-            scale=D**-0.5,
-            window=self.window,
-            sinks=sinks,
-            backend=self.compute.attention_backend,
-        )
+        out, cache = qkv_attention(
+            qkv, rotary, norms, cache, batch,
+            num_heads=H, scale=D**-0.5, window=self.window, sinks=sinks, backend=self.compute.attention_backend,
+        )  # fmt: skip
         return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
 

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, ragged_paged_attention
+from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless
-from models.layers import Compute, Linear, RMSNorm, apply_rotary
+from models.layers import Compute, Linear, RMSNorm
 from models.parts import Part, Path
 
 NORMS = {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}

@@ -5,46 +5,71 @@ import logging
 import jax.numpy as jnp
 
 from kernels_pallas import reference
+from kernels_pallas.attention import rotated_qkv
 from kernels_pallas.gpu.decode import decode_attention
 from kernels_pallas.gpu.prefill import prefill_attention
+from kernels_pallas.gpu.qkv import rotate_and_write
 
 log = logging.getLogger(__name__)
 cache_shape = reference.cache_shape  # a [N, D] slab of one block and head is contiguous: one copy fetches it
 
 
-def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, sinks):
+def ragged_paged_attention(q, k, v, cache, batch, *, scale, window=None, soft_cap=None, sinks=None):
     """See kernels_pallas.attention."""
-    if unsupported := _unsupported(q, cache):
-        log.warning("No attention kernel for %s: attention runs through plain XLA", unsupported)
-        return reference.ragged_paged_attention(
-            q, k, v, cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
-        )
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+    if _falls_back(q.shape[1], cache):
+        return reference.ragged_paged_attention(q, k, v, cache, batch, **options)
     cache = reference.write_cache(k, v, cache, batch)
-    queries = q.astype(cache[0].dtype)
+    return _attend(q.astype(cache[0].dtype), cache, batch, **options).astype(q.dtype), cache
+
+
+def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=None, soft_cap=None, sinks=None):
+    """See kernels_pallas.attention."""
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+    T, _, D = qkv.shape
+    tables = [table.reshape(T, -1) for table in rotary]
+    if qkv.dtype != cache[0].dtype or 2 * tables[0].shape[1] != D or _falls_back(num_heads, cache):
+        q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
+        return ragged_paged_attention(q, k, v, cache, batch, **options)
+    block, offset = reference.places(T, cache, batch)
+    weights, epsilon, norm_offset = (
+        (None, 0.0, 0.0) if norms is None else ((norms.q, norms.k), norms.epsilon, norms.offset)
+    )
+    q, *cache = rotate_and_write(
+        qkv, tables, weights, *cache, block, offset, num_heads=num_heads, epsilon=epsilon, norm_offset=norm_offset
+    )
+    return _attend(q, cache, batch, **options), tuple(cache)
+
+
+def _attend(q, cache, batch, *, sinks, **options):
+    """q [T, H, D], of the cache's dtype, over what is cached, this step's keys and values among it."""
     if batch.decode_only:
-        out = decode_attention(queries, *cache, batch.kv_lens, batch.block_tables, sinks, **options)
-        return out.astype(q.dtype), cache
+        return decode_attention(q, *cache, batch.kv_lens, batch.block_tables, sinks, **options)
     out = prefill_attention(
-        queries, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
+        q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
     )
     rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
     is_decode = rows < batch.num_seqs[0]
     kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)
-    decodes = decode_attention(queries[: len(rows)], *cache, kv_lens, batch.block_tables[: len(rows)], sinks, **options)
-    out = out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True)
-    return out.astype(q.dtype), cache
+    decodes = decode_attention(q[: len(rows)], *cache, kv_lens, batch.block_tables[: len(rows)], sinks, **options)
+    return out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True)
 
 
-def _unsupported(q, cache) -> str | None:
+def _falls_back(num_heads, cache) -> bool:
+    if unsupported := _unsupported(num_heads, cache):
+        log.warning("No attention kernel for %s: attention runs through plain XLA", unsupported)
+    return bool(unsupported)
+
+
+def _unsupported(num_heads, cache) -> str | None:
     """What the kernels cannot do in these shapes, in words, or None."""
     _, K, N, D = cache[0].shape
     if cache[0].dtype not in (jnp.bfloat16, jnp.float16):
         return f"a cache of {cache[0].dtype}"
     if D not in (64, 128, 256):
         return f"heads of {D}"
-    if q.shape[1] // K > 16:
-        return f"{q.shape[1] // K} query heads to a key/value head"
+    if num_heads // K > 16:
+        return f"{num_heads // K} query heads to a key/value head"
     if N < 8 or N & (N - 1):
         return f"blocks of {N} tokens"
     return None

@@ -40,6 +40,21 @@ def load_rows(ref, count) -> jax.Array:
     return _load(ref, count, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA)
 
 
+def load_heads(ref, first) -> jax.Array:
+    """Rows `first` on of ref [rows, D], as [ROWS, D]; behind its end, the last again."""
+    return _load(ref, ref.shape[0], (ROWS, ref.shape[1]), plgpu.Layout.WGMMA, first)
+
+
+def load_row(ref) -> jax.Array:
+    """ref [D] as what can be broadcast down the rows of [ROWS, D]."""
+    return _load(ref, None, ref.shape, plgpu.Layout.WGMMA.reduce(0))
+
+
+def store_heads(ref, x, first, start, stop) -> None:
+    """Row r of x [ROWS, D] is head first + r: stores heads `start` to `stop` - 1 to ref [stop - start, D]."""
+    _store(ref, x, start - first, stop - first, plgpu.Layout.WGMMA, first - start)
+
+
 def store_rows(ref, x, stop, start=0) -> None:
     """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], or flat, [any * D]."""
     _store(ref, x, start, stop, plgpu.Layout.WGMMA)
@@ -50,36 +65,41 @@ def store_column(ref, x, count) -> None:
     _store(ref, x, 0, count, plgpu.Layout.WGMMA.reduce(1))
 
 
-def _load(ref, count, shape, layout):
+def _load(ref, count, shape, layout, first=0):
+    """Row r of the result is ref's row first + r, or its row count - 1 where that comes before."""
+
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SCALAR),
+        arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
     )
-    def load(_, ref, count):
+    def load(_, ref, count_, first):
         index, tiled = ir.IndexType.get(), layout.to_mgpu()
-        last = arith.subi(arith.index_cast(index, count.registers.item()), mgpu.c(1, index))
-        last = arith.maxsi(last, mgpu.c(0, index))
+        first, last = (arith.index_cast(index, x.registers.item()) for x in (first, count_))
+        last = arith.maxsi(arith.subi(last, mgpu.c(1, index)), mgpu.c(0, index))
         kind = tiled.registers_element_type(ir.MemRefType(ref.type).element_type)
         registers = np.empty(tiled.registers_shape(shape), dtype=object)
         for i, (row, *column) in enumerate(tiled.thread_idxs(shape)):
-            registers.flat[i] = vector.load(kind, ref, [arith.minsi(row, last), *column])
+            row = row if count is None else arith.minsi(arith.addi(row, first), last)
+            registers.flat[i] = vector.load(kind, ref, [row, *column])
         return FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
 
-    return load(ref, jnp.asarray(count, jnp.int32))
+    return load(ref, jnp.asarray(0 if count is None else count, jnp.int32), jnp.asarray(first, jnp.int32))
 
 
-def _store(ref, x, start, stop, layout):
+def _store(ref, x, start, stop, layout, shift=0):
+    """Rows `start` to `stop` - 1 of x go to ref's rows that are `shift` further."""
     flat = len(ref.shape) < x.ndim
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
     def store(_, ref, x, *bounds):
         index = ir.IndexType.get()
-        first, end = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
-        for place, register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            below = arith.cmpi(arith.CmpIPredicate.slt, place[0], end)
-            with mgpu.when(arith.andi(below, arith.cmpi(arith.CmpIPredicate.sge, place[0], first))):
+        first, end, shift = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
+        for (row, *column), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
+            below = arith.cmpi(arith.CmpIPredicate.slt, row, end)
+            with mgpu.when(arith.andi(below, arith.cmpi(arith.CmpIPredicate.sge, row, first))):
+                place = [arith.addi(row, shift), *column]
                 if flat:
-                    place = (arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1]),)
+                    place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
                 vector.store(register, ref, place)
 
-    store(ref, x, jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+    store(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
