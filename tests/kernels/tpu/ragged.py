@@ -1,6 +1,7 @@
-"""Random ragged batches, with a cache in the reference's layout and in the TPU's."""
+"""Random ragged batches over a paged cache, in the reference's layout and in the TPU's."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,69 @@ from kernels_pallas.tpu.layout import Layout
 
 @dataclass(frozen=True)
 class Sizes:
-    """H query and K key/value heads of D; pages of N tokens; T token and S sequence rows."""
+    """H query and K key/value heads of D; pages of N tokens, P in a table; T token and S sequence rows."""
 
     H: int
     K: int
     D: int
     N: int
+    P: int
     T: int
     S: int
     dtype: str = "float32"
-    num_blocks: int = 64
+
+
+class Case(NamedTuple):
+    q: jax.Array  # [T, H, D]
+    k: jax.Array  # [T, K, D]
+    v: jax.Array  # [T, K, D]
+    cache: tuple[jax.Array, jax.Array]  # [B, K, N, D]
+    batch: AttentionBatch
+
+
+def make_case(rng: np.random.Generator, sizes: Sizes, lens: list[tuple[int, int]], num_decodes: int) -> Case:
+    """lens: (tokens in all, of them new) of each sequence, the first `num_decodes` with one new token.
+
+    What nobody may read is NaN: rows of padding, blocks of no sequence, and every place that is not written yet.
+    """
+    S, N, P, T, K, D = sizes.S, sizes.N, sizes.P, sizes.T, sizes.K, sizes.D
+    num_blocks = S * P + 9
+    free = list(rng.permutation(np.arange(1, num_blocks)))
+    tables, kv_lens, cu = np.zeros((S, P), np.int32), np.zeros(S, np.int32), np.zeros(S + 1, np.int32)
+    filled = np.zeros((num_blocks, N), bool)
+    for s, (total, new) in enumerate(lens):
+        for b in range(-(-total // N)):
+            tables[s, b] = free.pop()
+            filled[tables[s, b], : max(0, total - new - b * N)] = True
+        kv_lens[s], cu[s + 1] = total, cu[s] + new
+    cu[len(lens) + 1 :] = cu[len(lens)]
+
+    def random(shape, is_real):
+        return jnp.asarray(np.where(is_real, rng.standard_normal(shape), np.nan), sizes.dtype)
+
+    is_token = (np.arange(T) < cu[-1])[:, None, None]
+    q, k, v = (random((T, heads, D), is_token) for heads in (sizes.H, K, K))
+    keys, values = (random((num_blocks, K, N, D), filled[:, None, :, None]) for _ in range(2))
+    batch = AttentionBatch(
+        jnp.asarray(kv_lens),
+        jnp.asarray(tables),
+        jnp.asarray(cu),
+        jnp.asarray([num_decodes, len(lens)], jnp.int32),
+        decode_only=num_decodes == len(lens) and T == S,
+    )
+    return Case(q, k, v, (keys, values), batch)
+
+
+def random_lens(rng: np.random.Generator, sizes: Sizes, num_decodes: int, num_prompts: int) -> list[tuple[int, int]]:
+    """Decodes, then prompts: whole, chunks behind a cached prefix, single tokens; together at most T."""
+    context, room = sizes.N * sizes.P, sizes.T - num_decodes
+    lens = [(int(rng.integers(1, context + 1)), 1) for _ in range(num_decodes)]
+    cuts = np.sort(rng.choice(np.arange(1, room), num_prompts, replace=False)) if num_prompts else []
+    for new in np.diff(cuts, prepend=0):
+        new = int(min(new, context))
+        cached = int(rng.integers(0, context - new + 1)) * int(rng.integers(0, 2))
+        lens.append((cached + new, new))
+    return lens
 
 
 def to_tpu(cache: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -33,34 +87,3 @@ def to_tpu(cache: tuple[jax.Array, jax.Array]) -> jax.Array:
 def from_tpu(cache: jax.Array, D: int) -> tuple[jax.Array, jax.Array]:
     half = cache.shape[-1] // 2
     return cache[..., :D], cache[..., half : half + D]
-
-
-def make_batch(rng: np.random.Generator, sizes: Sizes, lens: list[tuple[int, int]], num_decodes: int):
-    """lens: (tokens in all, of them new) of each sequence, the first `num_decodes` with one new token.
-
-    Returns q, k, v, the reference's cache and the batch. Rows of padding and blocks of nobody hold large numbers.
-    """
-    S, N, T = sizes.S, sizes.N, sizes.T
-    P = max(-(-total // N) for total, _ in lens) + 1
-    free = list(rng.permutation(np.arange(1, sizes.num_blocks)))
-    tables, kv_lens, cu = np.zeros((S, P), np.int32), np.zeros(S, np.int32), np.zeros(S + 1, np.int32)
-    for s, (total, new) in enumerate(lens):
-        for b in range(-(-total // N)):
-            tables[s, b] = free.pop()
-        kv_lens[s], cu[s + 1] = total, cu[s] + new
-    cu[len(lens) + 1 :] = cu[len(lens)]
-    poison = np.where(np.arange(T) < cu[-1], 1.0, 1e3)[:, None, None]
-    q, k, v = (
-        jnp.asarray(rng.standard_normal((T, heads, sizes.D)) * poison, sizes.dtype)
-        for heads in (sizes.H, sizes.K, sizes.K)
-    )
-    shape = (sizes.num_blocks, sizes.K, N, sizes.D)
-    cache = tuple(jnp.asarray(rng.standard_normal(shape), sizes.dtype) for _ in range(2))
-    batch = AttentionBatch(
-        jnp.asarray(kv_lens),
-        jnp.asarray(tables),
-        jnp.asarray(cu),
-        jnp.asarray([num_decodes, len(lens)], jnp.int32),
-        decode_only=num_decodes == len(lens) and T == S,
-    )
-    return q, k, v, cache, batch
