@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class GGUFSource:
                 "reading a .gguf file needs the gguf package: pip install gguf (or 'paged[gguf]')", name="gguf"
             ) from None
         try:
-            self._reader = gguf.GGUFReader(path)
+            self._reader = _reader(gguf, path)
         except (ValueError, IndexError, KeyError) as error:
             raise ValueError(f"{path} is not a whole GGUF file, download it again: {error}") from error
         self.path = path
@@ -96,6 +97,22 @@ class GGUFSource:
         if self._is_gemma and name.endswith("norm.weight"):
             return values - 1
         return values
+
+
+def _reader(gguf: ModuleType, path: Path) -> Any:
+    """A GGUFReader that takes its hundreds of thousands of small slices of a plain array over the mapped file: those
+    of numpy's memmap class make opening a file three times as slow."""
+
+    class Reader(gguf.GGUFReader):  # type: ignore[name-defined]
+        @property
+        def data(self) -> np.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: np.memmap) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    return Reader(path)
 
 
 def _hf_name(name: str, layer_names: Mapping[str, str]) -> str:
