@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from models.experts_config import ExpertsConfig
+from models.latent_config import LatentConfig
 
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
 
@@ -20,6 +21,9 @@ FAMILIES = {
     "Qwen3ForCausalLM": "llama:Llama",
     "MixtralForCausalLM": "mixtral:Mixtral",
     "Qwen3MoeForCausalLM": "mixtral:Mixtral",
+    "GptOssForCausalLM": "gpt_oss:Mixtral",
+    "DeepseekV2ForCausalLM": "deepseek:DeepSeek",
+    "DeepseekV3ForCausalLM": "deepseek:DeepSeek",
     "Gemma2ForCausalLM": "gemma:Gemma",
     "Gemma3ForCausalLM": "gemma:Gemma",
     "Olmo2ForCausalLM": "olmo:Olmo2",
@@ -84,6 +88,7 @@ class ModelConfig:
       attention_soft_cap, logits_soft_cap: x becomes cap * tanh(x / cap), for scores and for logits.
       attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
       experts: of the sparse layers; None: all feed-forward layers are dense.
+      latent: of multi-head latent attention, whose one KV head of head_dim is what the cache keeps; None: no.
       eos_token_ids: tokens that end a generation; generation_config.json may add to them.
     """
 
@@ -111,6 +116,7 @@ class ModelConfig:
     logits_soft_cap: float | None = None
     attention_sinks: bool = False
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

@@ -1,5 +1,6 @@
 """Reads the fields of a ModelConfig that most families have in common; each family's file adds its own."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -99,19 +100,29 @@ def rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[floa
             low_freq_factor=_rope_value(parameters, kind, "low_freq_factor"),
             high_freq_factor=_rope_value(parameters, kind, "high_freq_factor"),
         )
-    if kind == "yarn" and not (parameters.get("mscale") or parameters.get("mscale_all_dim")):
+    if kind == "yarn":
+        factor = _rope_value(parameters, kind, "factor")
         return theta, RopeScaling(
             kind="yarn",
-            factor=_rope_value(parameters, kind, "factor"),
+            factor=factor,
             original_context=original or config.get("max_position_embeddings", 0),
             beta_fast=parameters.get("beta_fast") or 32.0,
             beta_slow=parameters.get("beta_slow") or 1.0,
-            attention_factor=parameters.get("attention_factor"),
+            attention_factor=parameters.get("attention_factor") or _yarn_attention_factor(parameters, factor),
             truncate=parameters.get("truncate", True),
         )
-    raise ValueError(
-        f"rope type {kind!r} is not supported; supported are: default, linear, llama3, yarn without mscale"
-    )
+    raise ValueError(f"rope type {kind!r} is not supported; supported are: default, linear, llama3, yarn")
+
+
+def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float | None:
+    """DeepSeek's, of two scales; None is the paper's, of `factor` alone."""
+    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    return yarn_magnitude(factor, scale) / yarn_magnitude(factor, scale_all) if scale and scale_all else None
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """What queries and keys are multiplied by when the context is stretched by `factor` (arXiv 2309.00071, 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1
 
 
 def _rope_value(parameters: Mapping[str, Any], kind: str, name: str) -> float:

@@ -49,7 +49,10 @@ class SparseFeedForward(nn.Module):
         assert c is not None
         T, E = x.shape
         router = Linear(c.count, self.compute, use_bias=c.bias, out_dtype=jnp.float32, name="router")
-        weights, chosen = route(router(x), c)
+        bias = None
+        if c.scoring == "sigmoid":  # in float32 always: small differences between large numbers decide
+            bias = self.param("choice_bias", nn.initializers.zeros, (c.count,), jnp.float32)
+        weights, chosen = route(router(x), c, bias)
         is_token = (jnp.arange(T) < batch.cu_q_lens[batch.num_seqs[1]])[:, None]
         order, expert, group_sizes = sort_by_expert(jnp.where(is_token, chosen, c.count), c.count)
         rows = x[order // c.chosen]
@@ -62,16 +65,29 @@ class SparseFeedForward(nn.Module):
         return jnp.where(is_token, mixed, 0).astype(self.compute.dtype)
 
 
-def route(logits: jax.Array, config: ExpertsConfig) -> tuple[jax.Array, jax.Array]:
+def route(logits: jax.Array, config: ExpertsConfig, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Router logits float32[T, X] -> the weights of each token's experts, float32[T, k], and which they are, best
-    first, int32[T, k]."""
-    if config.softmax_over_chosen:
+    first, int32[T, k]. `bias`: float32[X], added to the scores that experts are chosen by."""
+    if config.scoring == "softmax_over_chosen":
         scores, chosen = lax.top_k(logits, config.chosen)
         return jax.nn.softmax(scores, axis=-1), chosen
-    weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), config.chosen)
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    _, chosen = lax.top_k(_within_best_groups(scores if bias is None else scores + bias, config), config.chosen)
+    weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, chosen
+    return weights * config.scale, chosen
+
+
+def _within_best_groups(scores: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """float32[T, X], with minus infinity for the experts of the other groups."""
+    if config.groups == 1:
+        return scores
+    grouped = scores.reshape(len(scores), config.groups, -1)
+    best = jnp.sum(lax.top_k(grouped, 2 if config.scoring == "sigmoid" else 1)[0], axis=-1)
+    _, groups = lax.top_k(best, config.chosen_groups)
+    kept = jnp.any(groups[:, :, None] == jnp.arange(config.groups), axis=1)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def sort_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what 
 
 
 def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progress: bool = True) -> Params:
-    """Reads every parameter of `model` from `source`, cast to `dtype`.
+    """Reads every parameter of `model` from `source`, cast to `dtype` or what the model needs beyond it.
 
     Host memory peaks at one fused parameter and one of its parts.
 
@@ -32,7 +32,7 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         for path, shape in shapes.items():
-            host = _assemble(source, parts[path], shape.shape, jnp.dtype(dtype))
+            host = _assemble(source, parts[path], shape.shape, jnp.promote_types(dtype, shape.dtype))
             leaves[path] = jax.block_until_ready(jax.device_put(host))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
@@ -43,7 +43,7 @@ def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:
     shapes = flatten_dict(param_shapes(model)["params"])
     key = jax.random.key(seed)
     leaves = {
-        path: _random_leaf(jax.random.fold_in(key, i), path[-1], shape.shape, jnp.dtype(dtype))
+        path: _random_leaf(jax.random.fold_in(key, i), path[-1], shape.shape, jnp.promote_types(dtype, shape.dtype))
         for i, (path, shape) in enumerate(shapes.items())
     }
     return {"params": unflatten_dict(leaves)}

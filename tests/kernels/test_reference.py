@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention, reference
+from kernels_pallas import AttentionBatch, cache_shape, latent_cache_shape, ragged_paged_attention, reference
 
 BLOCK = 8
 
@@ -106,6 +106,34 @@ def test_fewer_tokens_than_sequence_rows():
     rng = np.random.default_rng(0)
     batch = RaggedBatch(rng, [(9, 1), (3, 3)], H=4, K=2, D=8, S=16, T=8, num_decodes=1)
     batch.check(atol=2e-5, scale=0.3)
+
+
+def test_values_may_be_the_keys():
+    """A cache of one array gives what two equal ones do, in decodes and prompts."""
+    batch = RaggedBatch(
+        np.random.default_rng(0), [(90, 1), (33, 33), (40, 9)], H=4, K=1, D=24, S=4, T=50, num_decodes=1
+    )
+    q, k, _ = batch.args
+    keys = batch.cache[0]
+    (shape,) = latent_cache_shape(*keys.shape[::2], 24, keys.dtype)
+    assert (shape.shape, shape.dtype) == (keys.shape, keys.dtype)
+    run = jax.jit(lambda v, cache: ragged_paged_attention(q, k, v, cache, batch.batch, backend="reference", scale=0.2))
+    (out, cache), (expected, pair) = run(None, (keys,)), run(k, (keys, keys))
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(cache[0], pair[0])
+    assert len(cache) == 1
+
+
+def test_a_backend_without_a_kernel_for_it_says_so(caplog):
+    batch = RaggedBatch(np.random.default_rng(0), [(9, 1)], H=4, K=1, D=24, S=2, T=2, num_decodes=1)
+    q, k, _ = batch.args
+    cache = batch.cache[:1]
+    out = [
+        ragged_paged_attention(q, k, None, cache, batch.batch, backend=backend, scale=0.2)[0]
+        for backend in ("reference", "mosaic_gpu")
+    ]
+    np.testing.assert_array_equal(*out)
+    assert "plain XLA" in caplog.text
 
 
 def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
