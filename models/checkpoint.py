@@ -15,13 +15,14 @@ from models.default_model import DEFAULT_MODEL, default_model_path
 from models.gguf_reader import GGUFSource
 from models.hub import download
 from models.layers import Dtype
+from models.orbax_checkpoint import OrbaxSource, is_orbax
 from models.params import load_params, random_params
 from models.parts import TensorSource
 from models.registry import Params
 from models.safetensors_reader import SafetensorsSource
 from models.tokenizer import FastTokenizer, load_tokenizer, tokenizer_from_gguf
 
-LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Checkpoint:
 
     config: ModelConfig
     generation_config: dict[str, Any]
-    source: TensorSource | None
+    source: TensorSource | OrbaxSource | None
     _load_tokenizer: Callable[[], FastTokenizer] | None
 
     @cached_property
@@ -52,6 +53,8 @@ class Checkpoint:
         """
         if self.source is None:
             return random_params(model, dtype, seed)
+        if isinstance(self.source, OrbaxSource):
+            return self.source.load_params(model, dtype)
         return load_params(model, self.source, dtype, progress=progress)
 
 
@@ -63,7 +66,8 @@ def open_checkpoint(
     load_format: LoadFormat = "auto",
     skip_tokenizer: bool = False,
 ) -> Checkpoint:
-    """Finds `model`: the default model's name, a .gguf file, a Hugging Face directory, or a hub id.
+    """Finds `model`: the default model's name, a .gguf file, a directory (Hugging Face's, or of scripts.convert), or a
+    hub id.
 
     Args:
       tokenizer: directory or hub id of another tokenizer than the model's own.
@@ -107,30 +111,42 @@ def _locate_tokenizer(tokenizer: str) -> Path:
 
 
 def _open_gguf(path: Path, load_format: LoadFormat) -> Checkpoint:
-    if load_format == "safetensors":
-        raise ValueError(f"{path} is a GGUF file, but load_format is 'safetensors'")
+    if load_format in ("safetensors", "orbax"):
+        raise ValueError(f"{path} is a GGUF file, but load_format is {load_format!r}")
     source = GGUFSource(path)
     weights = None if load_format == "dummy" else source
     return Checkpoint(source.config, {}, weights, lambda: tokenizer_from_gguf(source.header))
 
 
 def _open_directory(path: Path, load_format: LoadFormat) -> Checkpoint:
+    if load_format == "orbax" or (load_format in ("auto", "dummy") and is_orbax(path)):
+        source = OrbaxSource(path)
+        weights = None if load_format == "dummy" else source
+        return Checkpoint(source.config, _generation_config(path), weights, _tokenizer_of(path))
     ggufs = sorted(path.glob("*.gguf"))
     if load_format == "gguf" or (ggufs and not (path / "config.json").exists()):
         if len(ggufs) != 1:
             raise ValueError(f"{path} has {len(ggufs)} .gguf files: name one of them")
         return _open_gguf(ggufs[0], load_format)
     config = ModelConfig.from_hf(_read_json(path / "config.json"))
-    generation = path / "generation_config.json"
-    generation_config = _read_json(generation) if generation.exists() else {}
+    generation_config = _generation_config(path)
     eos = (*config.eos_token_ids, *token_ids(generation_config.get("eos_token_id")))
-    has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     return Checkpoint(
         replace(config, eos_token_ids=tuple(dict.fromkeys(eos))),
         generation_config,
         None if load_format == "dummy" else SafetensorsSource(path),
-        (lambda: load_tokenizer(path)) if has_tokenizer else None,
+        _tokenizer_of(path),
     )
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    file = path / "generation_config.json"
+    return _read_json(file) if file.exists() else {}
+
+
+def _tokenizer_of(path: Path) -> Callable[[], FastTokenizer] | None:
+    has_tokenizer = any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return (lambda: load_tokenizer(path)) if has_tokenizer else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

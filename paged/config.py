@@ -25,7 +25,7 @@ class ModelArgs:
     tokenizer: str | None = option(None, "hub id or directory of the tokenizer; none: the model's own")
     skip_tokenizer_init: bool = option(False, "run without a tokenizer: token ids in, token ids out")
     revision: str | None = option(None, "hub revision: branch, tag or commit")
-    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = option("auto", "dummy: random weights")
+    load_format: Literal["auto", "safetensors", "gguf", "orbax", "dummy"] = option("auto", "dummy: random weights")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16, on a CPU float32")
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens; none: the model's context")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")

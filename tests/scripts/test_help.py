@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-PROGRAMS = ["scripts.batch.__main__", "scripts.compare_transformers"]
+PROGRAMS = ["scripts.batch.__main__", "scripts.compare_transformers", "scripts.convert", "scripts.evaluate"]
 PROGRAMS += [f"scripts.bench.{name}" for name in ("throughput", "latency", "prefill", "serve")]
 
 
@@ -22,7 +22,9 @@ def test_every_option_has_a_line(module: str, monkeypatch, capsys) -> None:
     assert len(groups) >= 2
     for _, *lines in groups:
         for line in lines:
-            assert line.startswith(("  -", "  INPUT", "  OUTPUT")), f"it runs over: {line}"
+            assert line.startswith(("  -", "  INPUT", "  OUTPUT", "  TEXT_FILE", "  SRC", "  DST")), (
+                f"it runs over: {line}"
+            )
             assert len(line) <= 100
 
 
