@@ -155,10 +155,10 @@ def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
 
 
 def _experts(config: Mapping[str, Any], is_v3: bool, num_layers: int) -> ExpertsConfig:
-    method = "noaux_tc" if is_v3 else config.get("topk_method", "greedy")
-    if method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+    method = config.get("topk_method", "greedy")
+    if not is_v3 and method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"config.json sets topk_method to {method!r}; supported are greedy and group_limited_greedy")
-    has_groups = method != "greedy"
+    has_groups = is_v3 or method == "group_limited_greedy"
     return ExpertsConfig(
         count=required(config, "n_routed_experts"),
         chosen=required(config, "num_experts_per_tok"),

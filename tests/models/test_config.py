@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from models import ModelConfig, RopeScaling
+from models.config import FAMILIES
+from models.experts_config import ExpertsConfig
+from models.latent_config import LatentConfig
 from models.layers import rotary_frequencies
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -228,3 +231,282 @@ def test_gemma2_caps_by_default_and_alternates() -> None:
 def test_gemmas_that_are_refused(change: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         ModelConfig.from_hf({**GEMMA3_1B, **change})
+
+
+PHI3_128K = {
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 48, "long_factor": [9.0] * 48},
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-05,
+    "sliding_window": 262144,
+    "vocab_size": 32064,
+}
+
+
+def test_phi3_serves_the_context_of_its_short_factors() -> None:
+    config = ModelConfig.from_hf(PHI3_128K)
+    assert config.max_position_embeddings == 4096 and config.rope_scaling is not None
+    assert config.rope_scaling.factors == (1.5,) * 48 and config.rope_theta == 10_000.0
+    assert config.rope_scaling.attention_factor == pytest.approx(np.sqrt(1 + np.log(32) / np.log(4096)))
+    assert config.sliding_windows == (262144,) * 32 and config.rotary_dim == 96
+    phi4_mini = ModelConfig.from_hf({**PHI3_128K, "partial_rotary_factor": 0.75, "rope_scaling": None})
+    assert phi4_mini.rotary_dim == 72 and phi4_mini.rope_scaling is None
+    assert phi4_mini.max_position_embeddings == 131072
+
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "activation_function": "gelu_new",
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "layer_norm_epsilon": 1e-05,
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+
+
+def test_gpt2_has_names_of_its_own() -> None:
+    config = ModelConfig.from_hf(GPT2)
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads) == (768, 12, 12, 12)
+    assert (config.head_dim, config.intermediate_size, config.max_position_embeddings) == (64, 3072, 1024)
+    assert config.rms_norm_eps == 1e-5 and config.tie_word_embeddings and config.eos_token_ids == (50256,)
+    assert ModelConfig.from_hf({**GPT2, "n_inner": 1000}).intermediate_size == 1000
+
+
+def test_olmo2_normalises_queries_and_keys() -> None:
+    olmo = ModelConfig.from_hf({**QWEN3_0_6B, "architectures": ["Olmo2ForCausalLM"]})
+    assert olmo.qk_norm and not olmo.qkv_bias and olmo.sliding_windows == (None,) * 28
+
+
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "vocab_size": 32000,
+}
+QWEN3_30B_A3B = {
+    **QWEN3_0_6B,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+
+
+def test_experts_of_mixtral_and_qwen3() -> None:
+    mixtral = ModelConfig.from_hf(MIXTRAL)
+    assert mixtral.experts == ExpertsConfig(count=8, chosen=2, intermediate_size=14336, layers=(True,) * 32)
+    assert mixtral.sliding_windows == (None,) * 32
+    assert ModelConfig.from_hf({**MIXTRAL, "sliding_window": 4096}).sliding_windows == (4096,) * 32
+    qwen = ModelConfig.from_hf(QWEN3_30B_A3B)
+    assert qwen.experts == ExpertsConfig(count=128, chosen=8, intermediate_size=768, layers=(True,) * 28)
+    assert qwen.qk_norm and qwen.intermediate_size == 3072
+    mixed = ModelConfig.from_hf(
+        {**QWEN3_30B_A3B, "mlp_only_layers": [3], "decoder_sparse_step": 2, "sliding_window": 9}
+    )
+    assert mixed.experts is not None and mixed.experts.layers == tuple(i % 2 == 1 and i != 3 for i in range(28))
+    assert mixed.sliding_windows == (None,) * 28  # not switched on
+    unscaled = ModelConfig.from_hf({k: v for k, v in QWEN3_30B_A3B.items() if k != "norm_topk_prob"})
+    assert unscaled.experts is not None and not unscaled.experts.normalise
+
+
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+}
+
+
+def test_gpt_oss() -> None:
+    config = ModelConfig.from_hf(GPT_OSS_20B)
+    assert config.sliding_windows == (128, None) * 12
+    assert config.attention_sinks and config.qkv_bias and config.out_bias
+    assert config.experts == ExpertsConfig(
+        count=32, chosen=4, intermediate_size=2880, layers=(True,) * 24, scoring="softmax_over_chosen", bias=True,
+        swiglu_limit=7.0,
+    )  # fmt: skip
+    assert config.rope_scaling is not None and not config.rope_scaling.truncate
+    assert (config.rope_theta, config.max_position_embeddings) == (150_000.0, 131072)
+    left_out = (
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "swiglu_limit",
+        "layer_types",
+        "head_dim",
+        "rms_norm_eps",
+    )
+    assert ModelConfig.from_hf({k: v for k, v in GPT_OSS_20B.items() if k not in left_out}) == config
+
+
+DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+DEEPSEEK_V2_LITE = {
+    **DEEPSEEK_V3,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "q_lora_rank": None,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+
+
+def test_deepseek_caches_latent_vectors() -> None:
+    config = ModelConfig.from_hf(DEEPSEEK_V3)
+    assert (config.num_kv_heads, config.head_dim, config.rotary_dim) == (1, 576, 64)
+    assert config.latent == LatentConfig(query_rank=1536, rank=512, nope_dim=128, rope_dim=64, value_dim=128)
+    assert config.experts == ExpertsConfig(
+        count=256, chosen=8, intermediate_size=2048, layers=(False,) * 3 + (True,) * 58, scoring="sigmoid",
+        scale=2.5, groups=8, chosen_groups=4, shared=1,
+    )  # fmt: skip
+    assert config.rope_scaling is not None and config.rope_scaling.attention_factor == 1.0
+    assert config.attention_scale == pytest.approx(192**-0.5 * (0.1 * np.log(40) + 1) ** 2)
+    assert ModelConfig.from_hf({**DEEPSEEK_V3, "rope_scaling": None}).attention_scale == 192**-0.5
+    lite = ModelConfig.from_hf(DEEPSEEK_V2_LITE)
+    assert lite.latent is not None and lite.latent.query_rank is None
+    assert lite.experts == ExpertsConfig(
+        count=256, chosen=8, intermediate_size=2048, layers=(False,) + (True,) * 60, normalise=False, shared=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "words"),
+    [
+        (PHI3_128K, {"rope_scaling": {"type": "longrope"}}, ["longrope", "short_factor"]),
+        (PHI3_128K, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 9}}, ["9 factors", "48"]),
+        (PHI3_128K, {"rope_scaling": {"type": "dynamic"}}, ["dynamic"]),
+        (PHI3_128K, {"attention_bias": True}, ["attention_bias"]),
+        (GPT2, {"activation_function": "gelu"}, ["activation_function", "gelu_new"]),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        (GPT2, {"n_embd": 770}, ["770", "12"]),
+        (GPT2, {"n_layer": None}, ["num_hidden_layers"]),
+        (MIXTRAL, {"num_local_experts": None}, ["num_local_experts"]),
+        (MIXTRAL, {"num_experts_per_tok": 9}, ["9 of 8 experts"]),
+        (MIXTRAL, {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
+        (QWEN3_30B_A3B, {"hidden_act": "gelu"}, ["hidden_act"]),
+        (QWEN3_30B_A3B, {"moe_intermediate_size": 0}, ["inner width"]),
+        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
+        (GPT_OSS_20B, {"layer_types": ["sliding_attention"]}, ["1", "24"]),
+        (DEEPSEEK_V3, {"scoring_func": "softmax"}, ["scoring_func", "sigmoid"]),
+        (DEEPSEEK_V3, {"attention_bias": True}, ["attention_bias"]),
+        (DEEPSEEK_V3, {"rope_interleave": False}, ["rope_interleave"]),
+        (DEEPSEEK_V3, {"kv_lora_rank": None}, ["kv_lora_rank"]),
+        (DEEPSEEK_V3, {"qk_rope_head_dim": 0}, ["rope_dim"]),
+        (DEEPSEEK_V3, {"n_group": 7}, ["256", "7 groups"]),
+        (DEEPSEEK_V3, {"topk_group": 9}, ["9 of 8 groups"]),
+        (DEEPSEEK_V3, {"n_group": 128, "num_experts_per_tok": 9}, ["4 groups of 2", "9 experts"]),
+        (DEEPSEEK_V3, {"quantization_config": {"quant_method": "fp8"}}, ["fp8"]),
+        (DEEPSEEK_V2_LITE, {"topk_method": "noaux_tc"}, ["topk_method", "greedy"]),
+        (DEEPSEEK_V2_LITE, {"norm_topk_prob": True}, ["norm_topk_prob"]),
+    ],
+)
+def test_what_the_other_families_refuse(config: dict, change: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf({**config, **change})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_architecture_is_one_sentence_with_all_that_are_known() -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_hf({"architectures": ["MambaForCausalLM"]})
+    known = ", ".join(FAMILIES)
+    assert str(caught.value) == f"architecture MambaForCausalLM is not supported; supported are: {known}"
