@@ -48,6 +48,8 @@ class Engine:
             random.Random(config.model.seed),
         )
         self.tokenizer = parts.checkpoint.tokenizer
+        eos = (*parts.checkpoint.config.eos_token_ids, getattr(self.tokenizer, "eos_token_id", None))
+        self.eos_token_ids = frozenset(token for token in eos if token is not None)
         self.compiles = CompileCounter()
         self._groups: dict[str, Group] = {}
         self._processors: dict[str, OutputProcessor] = {}  # by internal request id
@@ -131,8 +133,8 @@ class Engine:
         return requests
 
     def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        eos = () if params.ignore_eos else self.checkpoint.config.eos_token_ids
-        return frozenset((*eos, *(params.stop_token_ids or ())))
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        return eos.union(params.stop_token_ids or ())
 
     def abort(self, request_id: str) -> None:
         """Ends a request without another delta; unknown and finished ids are fine. Its blocks are free at once."""
