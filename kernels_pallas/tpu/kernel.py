@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu.layout import LANES, STAGES, VMEM_LIMIT, Blocks
+from kernels_pallas.tpu.layout import LANES, STAGES, VMEM_LIMIT, Blocks, keep_in_hbm
 
 MASKED = -1e30  # finite, so that a fully masked row yields no NaN
 
@@ -62,7 +62,7 @@ def attend(
         tile_shape, tile_index = (K, G, blocks.tile, W), lambda i, *_: (0, 0, i, 0)
         rows = (G, blocks.tile)
     tiles = pl.BlockSpec(tile_shape, tile_index)
-    operands: list[jax.Array] = [q, cache]
+    operands: list[jax.Array] = [q, keep_in_hbm(cache)]
     in_specs = [tiles, pl.BlockSpec(memory_space=pl.ANY)]
     if sinks is not None:  # a lane-wide column for each head group, beside the rows it starts
         column = sinks.astype(jnp.float32).reshape(K, G, *(1,) * len(rows))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128  # of a vector register
 VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
@@ -66,6 +67,11 @@ def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: i
             f"block_size must be a multiple of {rows} for a TPU's {jnp.dtype(dtype).name} cache, not {block_size}"
         )
     return jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, Layout(head_dim).row_lanes), dtype)
+
+
+def keep_in_hbm(cache: jax.Array) -> jax.Array:
+    """For a kernel's operand: XLA would move a cache that fits to VMEM and back, whole, around each kernel."""
+    return pltpu.with_memory_space_constraint(cache, pltpu.HBM)
 
 
 def pack_rows(k: jax.Array, v: jax.Array, dtype) -> jax.Array:

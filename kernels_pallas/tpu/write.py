@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu.layout import pack_rows, sublanes
+from kernels_pallas.tpu.layout import keep_in_hbm, pack_rows, sublanes
 
 SLOTS = 16  # strips in VMEM; half of them being read, half being written
 
@@ -95,7 +95,7 @@ def _write(strips: Strips, cache: jax.Array) -> jax.Array:
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         name="write_cache",
-    )(*strips, cache)
+    )(*strips, keep_in_hbm(cache))
 
 
 def _kernel(
