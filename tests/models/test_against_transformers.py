@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import build_model, open_checkpoint
+from models import Checkpoint, build_model, open_checkpoint
+from tests.models.gemma3_270m import fetch_gemma3_270m
 from tests.models.paged_driver import PagedDriver, Running, chosen_logprobs
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -79,6 +80,26 @@ def test_smollm2_continues_as_in_transformers() -> None:
     chat = tokenizer.apply_chat_template(fixture["chat"], add_generation_prompt=True, tokenize=False)
     assert chat == cases[-1]["text"]
 
+    check_cases("SmolLM2", checkpoint, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_gemma3_270m_continues_as_in_transformers(tmp_path: Path) -> None:
+    """From its real GGUF, in Q4_K, Q5_0, Q6_K and Q8_0: text to tokens as SentencePiece does, 64 greedy tokens each."""
+    checkpoint = open_checkpoint(str(fetch_gemma3_270m(tmp_path)))
+    fixture = json.loads((FIXTURES / "gemma3-270m.json").read_text())
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    for case in fixture["texts"]:
+        assert tokenizer(case["text"], add_special_tokens=False).input_ids == case["ids"]
+        assert tokenizer(case["text"]).input_ids == [2, *case["ids"]]
+        assert tokenizer.decode(case["ids"]) == case["text"].replace("▁", " ")  # SentencePiece cannot tell them apart
+    check_cases("Gemma 3 270M", checkpoint, fixture["cases"])
+
+
+def check_cases(name: str, checkpoint: Checkpoint, cases: list[dict]) -> None:
+    """Greedy tokens exactly, and logprobs nearly, as each case has them."""
     model = build_model(checkpoint.config, dtype=jnp.float32, attention_backend="reference")
     driver = PagedDriver(model, checkpoint.load_params(model, jnp.float32, progress=False))
     sequences = driver.greedy([case["prompt"] for case in cases], 64, chunk=16)
@@ -86,5 +107,5 @@ def test_smollm2_continues_as_in_transformers() -> None:
     for sequence, case in zip(sequences, cases, strict=True):
         assert sequence.tokens[-64:] == case["greedy"]
         worst = max(worst, float(np.abs(chosen_logprobs(sequence) - case["logprobs"]).max()))
-    print(f"SmolLM2: largest logprob difference {worst:.2e}")
+    print(f"{name}: largest logprob difference {worst:.2e}")
     assert worst < FLOAT32_TOLERANCE
