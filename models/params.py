@@ -1,6 +1,9 @@
 """Fills a model's parameters: from a checkpoint's tensors, or at random. One leaf at a time, straight to the device."""
 
 import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import flax.linen as nn
@@ -11,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
 from models.layers import Dtype
-from models.parts import Part, TensorSource
+from models.parts import Part, Path, TensorSource, aligned_empty
 from models.registry import Params, canonical_source, param_shapes, tensor_parts
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
@@ -20,7 +23,8 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what 
 def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progress: bool = True) -> Params:
     """Reads every parameter of `model` from `source`, cast to `dtype` or what the model needs beyond it.
 
-    Host memory peaks at one fused parameter and one of its parts.
+    One parameter is read while the one before is sent to the device: host memory peaks at two, and the largest part of
+    a fused one.
 
     Raises:
       ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
@@ -28,11 +32,14 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     shapes = flatten_dict(param_shapes(model)["params"])
     parts, source = tensor_parts(model.config), canonical_source(source, model.config)
     _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
+
+    def assemble(path: Path) -> np.ndarray:
+        return _assemble(source, parts[path], shapes[path].shape, jnp.promote_types(dtype, shapes[path].dtype))
+
     leaves = {}
     total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
-        for path, shape in shapes.items():
-            host = _assemble(source, parts[path], shape.shape, jnp.promote_types(dtype, shape.dtype))
+        for path, host in zip(shapes, _one_ahead(assemble, shapes), strict=True):
             leaves[path] = jax.block_until_ready(jax.device_put(host))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
@@ -62,7 +69,7 @@ def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype
 def _assemble(source: TensorSource, parts: tuple[Part, ...], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The tensors of `parts`, cast to `dtype` and joined along axis 0 into `shape`; along its first two axes, taken as
     one, where they are a stack of fused parameters."""
-    joined = np.empty(shape, dtype)
+    joined = aligned_empty(shape, dtype)
     rows = [part.rows or shape[0] for part in parts]
     joined_axes = 1 if sum(rows) == shape[0] else 2
     flat = joined.reshape(-1, *shape[joined_axes:])
@@ -72,9 +79,23 @@ def _assemble(source: TensorSource, parts: tuple[Part, ...], shape: tuple[int, .
         needed = (count, *shape[joined_axes:])
         if tensor.shape != needed:
             raise ValueError(f"tensor {part.name} has shape {list(tensor.shape)}, but the model needs {list(needed)}")
+        if len(parts) == 1 and tensor.dtype == dtype and tensor.flags.c_contiguous:
+            return tensor.reshape(shape)
         flat[start : start + count] = tensor
         start += count
     return joined
+
+
+def _one_ahead[T, R](make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """make(item) of each item, the next one under way in a thread while the caller is busy with the last."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead: deque = deque()
+        for item in items:
+            ahead.append(thread.submit(make, item))
+            if len(ahead) > 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _check_names(needed: set[str], source: TensorSource, *, tied: bool) -> None:

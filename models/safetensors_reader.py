@@ -6,11 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from models.parts import aligned_empty
+
 INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
+           "U8": np.dtype(np.uint8)}  # fmt: skip
+_READ = 64 << 20  # bytes in one read
 
 
 class SafetensorsSource:
@@ -23,6 +28,7 @@ class SafetensorsSource:
     def __init__(self, directory: Path):
         self.directory = directory
         self._files: dict[str, Any] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._file_of = self._from_index() if (directory / INDEX).exists() else self._from_files()
 
     @property
@@ -30,7 +36,22 @@ class SafetensorsSource:
         return list(self._file_of)
 
     def read(self, name: str) -> np.ndarray:
-        return self._get(name, lambda file: file.get_tensor(name))
+        """The tensor, by plain reads: those of a file mapped into memory take a page fault every few kilobytes."""
+        self._get(name, lambda file: file.get_slice(name))  # the library checks the file
+        path = self.directory / self._file_of[name]
+        if path not in self._headers:
+            self._headers[path] = _header(path)
+        start, header = self._headers[path]
+        dtype, shape = _DTYPES.get(header[name]["dtype"]), tuple(header[name]["shape"])
+        if dtype is None:
+            return self._get(name, lambda file: file.get_tensor(name))
+        tensor = aligned_empty(shape, dtype)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start + header[name]["data_offsets"][0])
+            rest = memoryview(tensor.reshape(-1).view(np.uint8))
+            while rest:
+                rest = rest[file.readinto(rest[:_READ]) or _ended(path, name) :]
+        return tensor
 
     def read_row(self, name: str, index: int, of: int) -> np.ndarray:
         """tensor[index], without reading the others. Raises ValueError if the tensor has not `of` rows."""
@@ -80,15 +101,24 @@ class SafetensorsSource:
         return self._files[file]
 
 
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors' bytes begin, and what the file says of each."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return 8 + size, json.loads(file.read(size))
+
+
+def _ended(path: Path, name: str) -> int:
+    raise ValueError(f"cannot read tensor {name} of {path}: the file ended early")
+
+
 def _first_cut_tensor(path: Path) -> str:
     """Which tensor a truncated file breaks off in, as far as its header can tell."""
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        try:
-            (header_size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_size))
-        except (struct.error, ValueError, MemoryError, OverflowError):
-            return " (no readable header)"
+    try:
+        start, header = _header(path)
+    except (struct.error, ValueError, MemoryError, OverflowError):
+        return " (no readable header)"
     ends = {name: info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"}
-    cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if 8 + header_size + end > size]
+    size = path.stat().st_size
+    cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if start + end > size]
     return f": it breaks off in tensor {cut[0]}, download it again" if cut else ""
