@@ -186,4 +186,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
         if name in FAMILIES:
             return name
     found = ", ".join(names) or f"none (model_type {config.get('model_type')!r})"
-    raise ValueError(f"architecture {found} is not supported; supported are: {', '.join(FAMILIES)}")
+    code = (config.get("auto_map") or {}).get("AutoModelForCausalLM")
+    own_code = f" (it brings its own code, {code}, which is never run)" if code else ""
+    raise ValueError(f"architecture {found} is not supported{own_code}; supported are: {', '.join(FAMILIES)}")

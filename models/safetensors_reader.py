@@ -83,7 +83,9 @@ class SafetensorsSource:
         files = sorted(self.directory.glob("*.safetensors"))
         preferred = [f for f in files if f.name == "model.safetensors"] or files
         if not preferred:
-            raise ValueError(f"{self.directory} has no *.safetensors file")
+            pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in self.directory.glob(kind))
+            instead = f", only {pickles[0]}: pickles can run code and are not read" if pickles else " file"
+            raise ValueError(f"{self.directory} has no *.safetensors{instead}")
         if len(preferred) > 1:
             raise ValueError(
                 f"{self.directory} has {len(files)} safetensors files but no {INDEX} that says what is where"

@@ -207,3 +207,37 @@ def test_directories_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"not a \.gguf"):
         open_checkpoint(str(tmp_path / "weights.bin"))
+
+
+def test_a_model_in_the_hubs_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--some--model"
+    shutil.copytree(FIXTURES / "llama3", repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "v2").write_text(commit)
+    for revision in (None, "v2", commit):
+        checkpoint = open_checkpoint("some/model", revision=revision)
+        assert checkpoint.tokenizer("the cat").input_ids
+        assert "model.norm.weight" in checkpoint.source.names
+    with pytest.raises(ValueError, match=r"some/model.*cannot be reached"):
+        open_checkpoint("some/model", revision="v3")
+
+
+def test_pickles_are_refused(copied) -> None:
+    path = copied("llama3")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    fails(path, "no *.safetensors", "pytorch_model.bin", "pickle")
+
+
+def test_code_in_a_checkpoint_is_refused(copied) -> None:
+    path = copied("llama3")
+    config = json.loads((path / "config.json").read_text())
+    (path / "modeling.py").write_text("raise SystemExit('this ran')")
+    auto_map = {"AutoModelForCausalLM": "modeling.Model", "AutoConfig": "modeling.Config"}
+    (path / "config.json").write_text(json.dumps(config | {"architectures": ["OwnModel"], "auto_map": auto_map}))
+    fails(path, "architecture OwnModel is not supported", "modeling.Model", "never run")
