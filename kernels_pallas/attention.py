@@ -99,7 +99,8 @@ def _implementation(backend: str) -> ModuleType:
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:
-    """The pytree of jax.ShapeDtypeStruct that one layer's cache has under `backend`."""
+    """The pytree of jax.ShapeDtypeStruct that one layer's cache has under `backend`. Axis 1 of each array is the
+    KV heads, so that devices can have some of them each."""
     return _implementation(backend).cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
 

@@ -3,5 +3,16 @@
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import ModelConfig, RopeScaling
 from models.registry import build_model, param_shapes
+from models.sharding import CACHE, make_mesh, sharded
 
-__all__ = ["Checkpoint", "ModelConfig", "RopeScaling", "build_model", "open_checkpoint", "param_shapes"]
+__all__ = [
+    "CACHE",
+    "Checkpoint",
+    "ModelConfig",
+    "RopeScaling",
+    "build_model",
+    "make_mesh",
+    "open_checkpoint",
+    "param_shapes",
+    "sharded",
+]

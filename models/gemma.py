@@ -27,6 +27,7 @@ from models.config_fields import (
 )
 from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
+from models.sharding import attend, unfuse
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
@@ -48,13 +49,14 @@ class Attention(nn.Module):
         if c.qk_norm:
             q_norm, k_norm = (NormScale(D, self.compute.dtype, name=name)() for name in ("q_norm", "k_norm"))
             norms = QKNorm(q_norm, k_norm, c.rms_norm_eps, offset=1.0)
-        out, cache = qkv_attention(
-            qkv,
-            rotary,
-            norms,
+        out, cache = attend(
+            qkv_attention,
+            self.compute.mesh,
+            (qkv,),
+            (rotary, norms),
             cache,
             batch,
-            num_heads=H,
+            num_heads=H // self.compute.shards,
             scale=c.attention_scale or D**-0.5,
             window=self.window,
             soft_cap=c.attention_soft_cap,
@@ -71,8 +73,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = Linear(2 * self.config.intermediate_size, self.compute, name="gate_up")(x)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+        F = self.config.intermediate_size
+        gate, up = unfuse(Linear(2 * F, self.compute, name="gate_up")(x), (F, F), self.compute.shards)
         return Linear(self.config.hidden_size, self.compute, name="down")(nn.gelu(gate, approximate=True) * up)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
@@ -14,6 +13,7 @@ from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
 from models.layers import Compute, Dtype, Embedding, LayerNorm, Linear
 from models.parts import Part, Path, TensorSource
+from models.sharding import attend, unfuse
 
 Cache = Any
 PREFIX = "transformer."
@@ -32,9 +32,12 @@ class DecoderLayer(nn.Module):
         c = self.config
         E, H, D = c.hidden_size, c.num_heads, c.head_dim
         y = LayerNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x)
-        qkv = Linear(3 * E, self.compute, use_bias=True, name="qkv")(y).reshape(-1, 3 * H, D)
-        q, k, v = jnp.split(qkv, 3, axis=1)
-        y, cache = ragged_paged_attention(q, k, v, cache, batch, scale=D**-0.5, backend=self.compute.attention_backend)
+        qkv = Linear(3 * E, self.compute, use_bias=True, name="qkv")(y)
+        heads = tuple(y.reshape(-1, H, D) for y in unfuse(qkv, (E, E, E), self.compute.shards))
+        y, cache = attend(
+            ragged_paged_attention, self.compute.mesh, heads, (), cache, batch,
+            scale=D**-0.5, backend=self.compute.attention_backend,
+        )  # fmt: skip
         x = x + Linear(E, self.compute, use_bias=True, name="out")(y.reshape(-1, E))
         y = LayerNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x)
         y = nn.gelu(Linear(c.intermediate_size, self.compute, use_bias=True, name="up")(y), approximate=True)

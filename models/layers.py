@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from kernels_pallas import rms_norm
 from models.config import ModelConfig, RopeScaling
@@ -22,10 +23,17 @@ class Compute:
     Attributes:
       dtype: of weights and activations; norms, rotary embedding, softmax and logits are float32 in any case.
       attention_backend: a resolved name of kernels_pallas.attention_backend.
+      mesh: of models.sharding.make_mesh, over which the model is split; None: it is on one device.
     """
 
     dtype: Dtype
     attention_backend: str
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices a layer is split."""
+        return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
 
 class Linear(nn.Module):

@@ -16,6 +16,7 @@ from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, gguf_decoder_fields, layer_windows, refuse_unless
 from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
+from models.sharding import attend, unfuse
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
@@ -37,9 +38,10 @@ class Attention(nn.Module):
             norms = QKNorm(q_norm, k_norm, c.rms_norm_eps)
         if c.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (H,), self.compute.dtype).astype(jnp.float32)
-        out, cache = qkv_attention(
-            qkv, rotary, norms, cache, batch,
-            num_heads=H, scale=D**-0.5, window=self.window, sinks=sinks, backend=self.compute.attention_backend,
+        out, cache = attend(
+            qkv_attention, self.compute.mesh, (qkv,), (rotary, norms), cache, batch,
+            num_heads=H // self.compute.shards,
+            scale=D**-0.5, window=self.window, sinks=sinks, backend=self.compute.attention_backend,
         )  # fmt: skip
         return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
@@ -52,8 +54,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = Linear(2 * self.config.intermediate_size, self.compute, name="gate_up")(x)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
+        F = self.config.intermediate_size
+        gate, up = unfuse(Linear(2 * F, self.compute, name="gate_up")(x), (F, F), self.compute.shards)
         return Linear(self.config.hidden_size, self.compute, name="down")(nn.silu(gate) * up)
 
 

@@ -16,6 +16,7 @@ from kernels_pallas import AttentionBatch, grouped_matmul
 from models.config import ModelConfig
 from models.experts_config import ExpertsConfig
 from models.layers import Compute, Linear
+from models.sharding import unfuse
 
 
 class GroupedLinear(nn.Module):
@@ -58,7 +59,7 @@ class SparseFeedForward(nn.Module):
         rows = x[order // c.chosen]
         gate_up = GroupedLinear(c.count, 2 * c.intermediate_size, self.compute, c.bias, name="gate_up")
         down = GroupedLinear(c.count, E, self.compute, c.bias, name="down")
-        y = down(gated(gate_up(rows, expert, group_sizes), c), expert, group_sizes)
+        y = down(gated(gate_up(rows, expert, group_sizes), c, self.compute.shards), expert, group_sizes)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         y = y[place].reshape(T, c.chosen, E).astype(jnp.float32)
         mixed = jnp.sum(y * weights[..., None], axis=1)
@@ -103,9 +104,9 @@ def sort_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.
     return order, jnp.minimum(flat[order], num_experts - 1), group_sizes
 
 
-def gated(gate_up: jax.Array, config: ExpertsConfig) -> jax.Array:
+def gated(gate_up: jax.Array, config: ExpertsConfig, shards: int) -> jax.Array:
     """[M, 2F] -> [M, F]: SwiGLU (arXiv 2002.05202), or gpt-oss's, clamped, scaled and with a linear part."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = unfuse(gate_up, (config.intermediate_size,) * 2, shards)
     if config.swiglu_limit is None:
         return nn.silu(gate) * up
     gate = jnp.minimum(gate, config.swiglu_limit)

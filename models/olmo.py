@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention
 from models import llama
@@ -13,6 +12,7 @@ from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless
 from models.layers import Compute, Linear, RMSNorm
 from models.parts import Part, Path
+from models.sharding import attend, unfuse
 
 NORMS = {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 
@@ -28,13 +28,14 @@ class Attention(nn.Module):
         c = self.config
         H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x)
-        q, k, v = jnp.split(qkv, [H * D, (H + K) * D], axis=1)
+        q, k, v = unfuse(qkv, (H * D, K * D, K * D), self.compute.shards)
         q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q).reshape(-1, H, D)
         k = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k).reshape(-1, K, D)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
-        out, cache = ragged_paged_attention(
-            q, k, v.reshape(-1, K, D), cache, batch, scale=D**-0.5, backend=self.compute.attention_backend
-        )
+        out, cache = attend(
+            ragged_paged_attention, self.compute.mesh, (q, k, v.reshape(-1, K, D)), (), cache, batch,
+            scale=D**-0.5, backend=self.compute.attention_backend,
+        )  # fmt: skip
         return Linear(c.hidden_size, self.compute, name="out")(out.reshape(-1, H * D)), cache
 
 

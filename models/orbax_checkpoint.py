@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from models.config import ModelConfig
 from models.layers import Dtype
-from models.registry import Params, param_shapes
+from models.registry import Params, param_shapes, reorder
 
 MANIFEST = "paged_checkpoint.json"
 VERSION = 1  # of the directory's layout and of the trees of parameters; one more with each change to either
@@ -56,7 +56,7 @@ class OrbaxSource:
         _orbax()
 
     def load_params(self, model: nn.Module, dtype: Dtype, shardings: Any = None) -> Params:
-        """The parameters of `model` in `dtype`: on the default device, or as the pytree `shardings` says.
+        """The parameters of `model` in `dtype`: on its mesh or the default device, or as the pytree `shardings` says.
 
         Raises:
           ValueError: they are damaged, or not those of the model.
@@ -64,7 +64,7 @@ class OrbaxSource:
         ocp = _orbax()
         if shardings is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shardings = jax.tree.map(lambda _: here, param_shapes(model))
+            shardings = jax.tree.map(lambda s: s.sharding or here, param_shapes(model))
         wanted = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, jnp.promote_types(dtype, s.dtype), sharding=sharding),
             param_shapes(model),
@@ -76,7 +76,7 @@ class OrbaxSource:
                 params = checkpointer.restore((self.directory / "params").absolute(), restore)
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise ValueError(f"the weights in {self.directory} cannot be read: convert again ({error})") from error
-        return jax.block_until_ready(params)
+        return jax.block_until_ready(reorder(params, model))
 
 
 def is_orbax(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Fills a model's parameters: from a checkpoint's tensors, or at random. One leaf at a time, straight to the device."""
+"""Fills a model's parameters: from a checkpoint's tensors, or at random, one at a time, straight to its devices."""
 
 import math
 from collections import deque
@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from models.layers import Dtype
 from models.parts import Part, Path, TensorSource, aligned_empty
 from models.registry import Params, canonical_source, param_shapes, tensor_parts
+from models.sharding import Placement, in_device_order, place, placement
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
 
@@ -40,7 +43,8 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         for path, host in zip(shapes, _one_ahead(assemble, shapes), strict=True):
-            leaves[path] = jax.block_until_ready(jax.device_put(host))
+            where = placement(path, host.shape, model.config)
+            leaves[path] = jax.block_until_ready(place(host, where, model.compute.mesh))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
 
@@ -50,14 +54,29 @@ def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:
     shapes = flatten_dict(param_shapes(model)["params"])
     key = jax.random.key(seed)
     leaves = {
-        path: _random_leaf(jax.random.fold_in(key, i), path[-1], shape.shape, jnp.promote_types(dtype, shape.dtype))
+        path: _placed_random(
+            jax.random.fold_in(key, i),
+            path[-1],
+            shape.shape,
+            jnp.promote_types(dtype, shape.dtype),
+            placement(path, shape.shape, model.config),
+            model.compute.mesh,
+        )
         for i, (path, shape) in enumerate(shapes.items())
     }
     return {"params": unflatten_dict(leaves)}
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _random_leaf(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _placed_random(key, name: str, shape, dtype: Dtype, where: Placement, mesh: Mesh | None) -> jax.Array:
+    leaf = _random(key, name, shape, dtype)
+    if mesh is None:
+        return leaf
+    leaf = in_device_order(leaf, where, mesh.shape["tensor"])
+    return lax.with_sharding_constraint(leaf, NamedSharding(mesh, where.spec))
+
+
+def _random(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
     if name == "scale":
         return jnp.ones(shape, dtype)
     if name == "bias":

@@ -1,31 +1,39 @@
 """From a configuration to the module that implements it, and what that is made of."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from kernels_pallas import AttentionBatch
 from kernels_pallas import attention_backend as resolve_backend
 from models.config import FAMILIES, ModelConfig, family_file
 from models.layers import Compute, Dtype
 from models.parts import Part, Path, TensorSource
+from models.sharding import check_divides, in_device_order, placement, sharded
 
 Params = dict[str, Any]
 
 
-def build_model(config: ModelConfig, *, dtype: Dtype, attention_backend: str = "auto") -> nn.Module:
-    """The Flax module of `config`, in `dtype` float32 or bfloat16.
+def build_model(
+    config: ModelConfig, *, dtype: Dtype, attention_backend: str = "auto", mesh: Mesh | None = None
+) -> nn.Module:
+    """The Flax module of `config`, in `dtype` float32 or bfloat16, split over `mesh` (of models.sharding.make_mesh).
 
     Raises:
-      ValueError: there is no such attention backend, or the dtype is another one.
+      ValueError: there is no such attention backend, the dtype is another one, or the mesh does not divide the model.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
     module = getattr(family_file(config.architecture), FAMILIES[config.architecture].split(":")[1])
-    return module(config, Compute(dtype, resolve_backend(attention_backend)))
+    compute = Compute(dtype, resolve_backend(attention_backend), mesh)
+    check_divides(config, compute.shards)
+    return module(config, compute)
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
@@ -40,10 +48,26 @@ def canonical_source(source: TensorSource, config: ModelConfig) -> TensorSource:
 
 
 def param_shapes(model: nn.Module) -> Params:
-    """The pytree of jax.ShapeDtypeStruct that `model.apply` takes as its parameters. Nothing is computed."""
+    """The pytree of jax.ShapeDtypeStruct that `model.apply` takes as its parameters, with their places on the
+    model's mesh. Nothing is computed."""
     one = jax.ShapeDtypeStruct((1,), jnp.int32)
     two = jax.ShapeDtypeStruct((2,), jnp.int32)
     table = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     batch = AttentionBatch(kv_lens=one, block_tables=table, cu_q_lens=two, num_seqs=two, decode_only=True)  # type: ignore[arg-type]
     caches = model.cache_shapes(2, 16, model.compute.dtype)
-    return jax.eval_shape(model.init, jax.random.key(0), one, one, caches, batch)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), one, one, caches, batch)["params"])
+    placed = {
+        path: sharded(x, model.compute.mesh, placement(path, x.shape, model.config).spec) for path, x in shapes.items()
+    }
+    return {"params": unflatten_dict(placed)}
+
+
+def reorder(params: Params, model: nn.Module) -> Params:
+    """Parameters that are sharded as the model's but in a checkpoint's order -> in the order of the model's devices."""
+    if model.compute.shards == 1:
+        return params
+    leaves = flatten_dict(params["params"])
+    for path, leaf in leaves.items():
+        order = partial(in_device_order, where=placement(path, leaf.shape, model.config), shards=model.compute.shards)
+        leaves[path] = jax.jit(order, donate_argnums=0, out_shardings=leaf.sharding)(leaf)
+    return {"params": unflatten_dict(leaves)}

@@ -1,12 +1,14 @@
 """The block pool's size, from what the compiler says a step needs: no trial run, no running out later."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from models import CACHE, sharded
 from paged.config import CacheArgs
 from paged.runner import Runner, RunnerShape
 
@@ -41,7 +43,13 @@ def gib(size: int) -> str:
 
 
 def tree_bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes on one device."""
+
+    def local(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(local, jax.tree.leaves(tree)))
 
 
 def usable_memory(device: jax.Device, utilization: float) -> int | None:
@@ -62,7 +70,8 @@ def reserve_device_memory(utilization: float) -> None:
 
 
 def block_bytes(model: Any, shape: RunnerShape) -> int:
-    return tree_bytes(model.cache_shapes(1, shape.block_size, shape.cache_dtype))
+    cache = model.cache_shapes(1, shape.block_size, shape.cache_dtype)
+    return tree_bytes(sharded(cache, model.compute.mesh, CACHE))
 
 
 def step_bytes(analysis: Any) -> int:

@@ -10,8 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas import AttentionBatch
+from models import CACHE, sharded
 from paged import sampler
 from paged.compiler import compile_all
 from paged.packing import StepShape, at_least, pack
@@ -76,41 +78,53 @@ class Runner:
         self._admit: Any = None
         self._admit_full: Any = None
         self.state: Any = None  # a DeviceState, once compiled
+        mesh = model.compute.mesh
+        self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def state_shapes(self) -> DeviceState:
         """A DeviceState of jax.ShapeDtypeStruct."""
         s, slots = self.shape, self.shape.max_num_seqs + 1
-        tables: Any = jax.ShapeDtypeStruct((slots, s.blocks_per_seq), jnp.int32)
-        tokens: Any = jax.ShapeDtypeStruct((slots,), jnp.int32)
+        caches = self.model.cache_shapes(s.num_blocks, s.block_size, s.cache_dtype)
+        sampling = sampler.slot_state_shapes(slots, s.vocab_size)
         return DeviceState(
-            caches=self.model.cache_shapes(s.num_blocks, s.block_size, s.cache_dtype),
-            block_tables=tables,
-            last_tokens=tokens,
-            sampling=sampler.slot_state_shapes(slots, s.vocab_size),
+            caches=sharded(caches, self.model.compute.mesh, CACHE),
+            block_tables=self._shape((slots, s.blocks_per_seq)),
+            last_tokens=self._shape((slots,)),
+            sampling=jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampling),
         )
+
+    def _shape(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
+        """Of an array that every device has."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere)
+
+    def _send(self, tree: Any) -> Any:
+        """Host arrays to every device."""
+        return jax.device_put(tree, self._everywhere)
 
     def reset_state(self) -> None:
         """Empty caches and slots: at start, and after a step that failed and took its donated buffers with it."""
         self.state = None  # first let go of what is left of the old one
-        self.state = jax.tree.map(lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype)), self.state_shapes())
+        self.state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), self.state_shapes())
 
     # ---- programs -------------------------------------------------------------------------------------------
 
     def lower_step(self, shape: StepShape, variant: Variant) -> jax.stages.Lowered:
         step = partial(step_program, self.model, self.shape, shape, variant)
-        packed = jax.ShapeDtypeStruct((shape.packed_size,), jnp.int32)
-        return jax.jit(step, donate_argnums=1).lower(_shapes(self.params), self.state_shapes(), packed)
+        state = self.state_shapes()
+        placed = jax.tree.map(lambda x: x.sharding, state), self._everywhere
+        program = jax.jit(step, donate_argnums=1, out_shardings=placed)
+        return program.lower(_shapes(self.params), state, self._shape((shape.packed_size,)))
 
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
         steps = {(shape, v): partial(self.lower_step, shape, v) for shape in s.steps for v in s.variants}
         self._steps = compile_all(steps, "step programs")
-        packed = jax.ShapeDtypeStruct((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), jnp.int32)
-        row = sampler.full_row_shapes(s.vocab_size)
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        admit = jax.jit(admit_program, donate_argnums=(0, 1)).lower
-        admit_full = jax.jit(sampler.write_full_slot, donate_argnums=0).lower
+        packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
+        row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
+        slot = self._shape(())
+        admit = jax.jit(admit_program, donate_argnums=(0, 1), out_shardings=self._everywhere).lower
+        admit_full = jax.jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere).lower
         small: dict[Any, Any] = {
             "admit": partial(admit, state.block_tables, state.sampling, packed),
             "admit_full": partial(admit_full, state.sampling, slot, row),
@@ -124,11 +138,10 @@ class Runner:
         return {key: program.memory_analysis() for key, program in self._steps.items()}
 
     def _lower_score(self, T: int) -> jax.stages.Lowered:
-        hidden = jax.ShapeDtypeStruct((T, self.model.config.hidden_size), self.model.compute.dtype)
-        rows = jax.ShapeDtypeStruct((2, SCORE_ROWS), jnp.int32)
-        return jax.jit(partial(score_program, self.model, self.shape.max_logprobs)).lower(
-            _shapes(self.params), hidden, rows
-        )
+        hidden = self._shape((T, self.model.config.hidden_size), self.model.compute.dtype)
+        score = partial(score_program, self.model, self.shape.max_logprobs)
+        program = jax.jit(score, out_shardings=self._everywhere)
+        return program.lower(_shapes(self.params), hidden, self._shape((2, SCORE_ROWS)))
 
     # ---- serving --------------------------------------------------------------------------------------------
 
@@ -137,7 +150,7 @@ class Runner:
         self._write_slots(plan.admitted)
         shape = self._bucket(plan)
         variant = self._variant(plan)
-        packed = jax.device_put(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
+        packed = self._send(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
         self.state, output = self._steps[shape, variant](self.params, self.state, packed)
         scores = [] if output.hidden is None else list(self._score_prompts(plan, output.hidden))
         for array in jax.tree.leaves((output.sampled, [arrays for _, _, arrays in scores])):
@@ -167,7 +180,7 @@ class Runner:
                     request.slot, request.sampling_params, request.seed, request.num_prompt_tokens
                 )
                 row[sampler.PACKED_WIDTH :][: len(request.block_table)] = request.block_table
-            tables, sampling = self._admit(self.state.block_tables, self.state.sampling, jax.device_put(packed))
+            tables, sampling = self._admit(self.state.block_tables, self.state.sampling, self._send(packed))
             self.state = self.state._replace(block_tables=tables, sampling=sampling)
         for request in admitted:
             if sampler.needs_full_row(request.sampling_params):
@@ -178,8 +191,8 @@ class Runner:
                     request.stop_token_ids,
                     s.vocab_size,
                 )
-                slot = jax.device_put(np.int32(request.slot))
-                sampling = self._admit_full(self.state.sampling, slot, jax.device_put(arrays))
+                slot = self._send(np.int32(request.slot))
+                sampling = self._admit_full(self.state.sampling, slot, self._send(arrays))
                 self.state = self.state._replace(sampling=sampling)
 
     def _score_prompts(self, plan: StepPlan, hidden: jax.Array) -> Iterator[tuple[Request, range, SampleOutput]]:
@@ -195,7 +208,7 @@ class Runner:
                     rows = np.zeros((2, SCORE_ROWS), np.int32)
                     rows[0, :count] = np.arange(count) + row + start - first
                     rows[1, :count] = request.prompt_token_ids[start : start + count]
-                    yield request, range(start, start + count), score(self.params, hidden, jax.device_put(rows))
+                    yield request, range(start, start + count), score(self.params, hidden, self._send(rows))
             row += chunk.num_tokens
 
 
@@ -246,4 +259,4 @@ def score_program(model: nn.Module, max_logprobs: int, params, hidden: jax.Array
 
 
 def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

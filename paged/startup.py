@@ -9,17 +9,37 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import attention_backend
-from models import Checkpoint, build_model, open_checkpoint
+from models import Checkpoint, build_model, make_mesh, open_checkpoint
 from paged.compiler import enable_persistent_cache
 from paged.config import EngineConfig
 from paged.errors import InvalidRequestError
 from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
 from paged.packing import buckets
 from paged.runner import Runner, RunnerShape
-from paged.sampler import VARIANTS
+from paged.sampler import VARIANTS, Variant
 from paged.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+
+class MachineDefaults(NamedTuple):
+    """What the options leave open. Fewer buckets and variants are fewer programs to compile, and more padding."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    smallest_decode: int  # bucket of S
+    smallest_prompt: int  # bucket of T
+    growth: int  # from a bucket to the next
+    variants: tuple[Variant, ...]
+
+
+# "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
+# saves a dozen programs for a few percent of a step.
+DEFAULTS = {
+    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",)),
+    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS),
+    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",)),
+}
 
 
 class Parts(NamedTuple):
@@ -49,10 +69,14 @@ def build(config: EngineConfig) -> Parts:
     )
     backend = attention_backend(config.runner.attention_backend)
     dtype = compute_dtype(args.dtype)
-    model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend)
+    try:
+        mesh = make_mesh(config.runner.tensor_parallel_size)
+        model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend, mesh=mesh)
+    except ValueError as e:
+        raise InvalidRequestError(str(e), param="tensor_parallel_size") from e
     params = checkpoint.load_params(model, dtype, seed=args.seed)
     loaded = time.monotonic()
-    shape = runner_shape(config, checkpoint, dtype)
+    shape = runner_shape(config, checkpoint, dtype, jax.default_backend())
     num_blocks = size_pool(model, params, shape, config.cache)
     shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
     runner = Runner(model, params, shape)
@@ -70,15 +94,15 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype) -> RunnerShape:
-    """Every size but the pool's. What the options leave open depends on the kind of machine."""
-    on_cpu = jax.default_backend() == "cpu"
+def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype, platform: str) -> RunnerShape:
+    """Every size but the pool's, on a "cpu", "gpu" or "tpu"."""
+    defaults = DEFAULTS[platform]
     scheduler, context = config.scheduler, checkpoint.config.max_position_embeddings
     max_model_len = config.model.max_model_len or context
     if max_model_len > context:
         raise InvalidRequestError(f"max_model_len {max_model_len:,} exceeds the model's {context:,}", "max_model_len")
-    max_num_seqs = scheduler.max_num_seqs or (16 if on_cpu else 256)
-    max_tokens = scheduler.max_num_batched_tokens or max(max_num_seqs, 512 if on_cpu else 8192)
+    max_num_seqs = scheduler.max_num_seqs or defaults.max_num_seqs
+    max_tokens = scheduler.max_num_batched_tokens or max(max_num_seqs, defaults.max_num_batched_tokens)
     if max_tokens < max_num_seqs:
         raise InvalidRequestError(
             f"max_num_batched_tokens {max_tokens:,} must not be below max_num_seqs {max_num_seqs:,}: every running "
@@ -93,9 +117,9 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype)
         max_num_seqs=max_num_seqs,
         vocab_size=checkpoint.config.vocab_size,
         max_logprobs=scheduler.max_logprobs,
-        decode_sizes=buckets(1, max_num_seqs, growth=4 if on_cpu else 2),
-        prompt_sizes=buckets(32 if on_cpu else 256, max_tokens, growth=4 if on_cpu else 2),
-        variants=("full",) if on_cpu else VARIANTS,  # a CPU skips at run time, at no cost, what no row of "full" uses
+        decode_sizes=buckets(defaults.smallest_decode, max_num_seqs, defaults.growth),
+        prompt_sizes=buckets(defaults.smallest_prompt, max_tokens, defaults.growth),
+        variants=defaults.variants,
         cache_dtype=dtype if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype),
     )
 

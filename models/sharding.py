@@ -1,0 +1,154 @@
+"""How a model lies on several devices: one mesh, and for each parameter where it goes.
+
+The mesh has the axes ("data", "tensor"). Over "tensor", heads, inner width and vocabulary are split as in Megatron
+(arXiv 1909.08053): projections into them by output (qkv, gate_up, up), projections out of them by input (out, down),
+whose partial sums the compiler adds, the embedding and the head by vocabulary, caches by KV head. Norms, routers and
+the biases of projections out of them are everywhere. Nothing is split over "data" yet.
+
+A fused kernel is one matrix of several joined parts (q, k and v), and each device must get its piece of every part. So
+in an array split n ways the rows stand in the devices' order: device 0's of q, of k, of v, then device 1's. Where n is
+1 that is the checkpoint's own order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas import AttentionBatch
+from models.config import ModelConfig
+from models.parts import Path
+
+AXES = ("data", "tensor")
+HEADS = CACHE = PartitionSpec(None, "tensor")  # of [T, heads, D], and of every array of a cache
+BY_OUTPUT, BY_INPUT, BY_VOCABULARY = ("qkv", "gate_up", "up"), ("out", "down"), ("embed", "head")
+
+
+def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Raises ValueError if there are fewer `devices` (default: all of the default backend) than asked for."""
+    devices = jax.devices() if devices is None else devices
+    if tensor_parallel_size > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size {tensor_parallel_size} needs as many devices, and there are {len(devices)}"
+        )
+    return Mesh(np.array(devices[:tensor_parallel_size]).reshape(1, -1), AXES)
+
+
+def check_divides(config: ModelConfig, shards: int) -> None:
+    """Raises ValueError, naming what cannot be split evenly."""
+    widths = {
+        "query heads": config.num_heads,
+        "KV heads": config.num_kv_heads,
+        "intermediate size": config.intermediate_size,
+        "vocabulary": config.vocab_size,
+    }
+    if config.experts is not None:
+        widths["experts' intermediate size"] = config.experts.intermediate_size
+    for name, width in widths.items():
+        if width % shards:
+            fits = [n for n in range(2, shards) if not any(w % n for w in widths.values())]
+            instead = f"; what does: {', '.join(map(str, fits))}" if fits else ""
+            raise ValueError(f"tensor_parallel_size {shards} does not divide the model's {name} of {width:,}{instead}")
+
+
+class Placement(NamedTuple):
+    """Where a parameter goes.
+
+    Attributes:
+      axis: that is split over "tensor"; None: every device has it all.
+      parts: sizes, along that axis, of what is joined there.
+    """
+
+    axis: int | None
+    parts: tuple[int, ...] = ()
+
+    @property
+    def spec(self) -> PartitionSpec:
+        return PartitionSpec() if self.axis is None else PartitionSpec(*[None] * self.axis, "tensor")
+
+
+def placement(path: Path, shape: tuple[int, ...], config: ModelConfig) -> Placement:
+    """Of the parameter at `path`, whatever the family."""
+    *_, name, leaf = path
+    if leaf == "sinks" or (name in BY_VOCABULARY and leaf in ("kernel", "embedding")):
+        return Placement(0, shape[:1])
+    if name in BY_OUTPUT:
+        axis = len(shape) - (2 if leaf == "kernel" else 1)
+        size = shape[axis]
+        if name == "qkv":
+            query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+            return Placement(axis, (query, kv, kv))
+        return Placement(axis, (size // 2, size // 2) if name == "gate_up" else (size,))
+    if name in BY_INPUT and leaf == "kernel":
+        return Placement(len(shape) - 1, shape[-1:])
+    return Placement(None)
+
+
+def place(host: np.ndarray, where: Placement, mesh: Mesh | None) -> jax.Array:
+    """Sends each device its piece of a parameter that is in the checkpoint's order."""
+    if mesh is None:
+        return jax.device_put(host)
+    sharding, shards = NamedSharding(mesh, where.spec), mesh.shape["tensor"]
+    if mesh.size == 1:
+        return jax.device_put(host, sharding)
+
+    def piece(index: Any) -> np.ndarray:
+        if where.axis is None:
+            return host
+        shard = (index[where.axis].start or 0) * shards // host.shape[where.axis]
+        parts = np.split(host, np.cumsum(where.parts)[:-1], axis=where.axis)
+        mine = [np.split(part, shards, axis=where.axis)[shard] for part in parts]
+        return mine[0] if len(mine) == 1 else np.concatenate(mine, axis=where.axis)
+
+    return jax.make_array_from_callback(host.shape, sharding, piece)
+
+
+def in_device_order(x: jax.Array, where: Placement, shards: int) -> jax.Array:
+    """What `place` does to the order of a parameter, on the device."""
+    if where.axis is None or len(where.parts) == 1 or shards == 1:
+        return x
+    parts = jnp.split(x, np.cumsum(where.parts)[:-1], axis=where.axis)
+    pieces = [jnp.split(part, shards, axis=where.axis) for part in parts]
+    return jnp.concatenate([piece for shard in zip(*pieces, strict=True) for piece in shard], axis=where.axis)
+
+
+def unfuse(y: jax.Array, sizes: tuple[int, ...], shards: int) -> list[jax.Array]:
+    """[T, sum(sizes)], what a fused projection over so many shards gives -> [T, size] for each."""
+    T = y.shape[0]
+    pieces = jnp.split(y.reshape(T, shards, -1), np.cumsum(sizes)[:-1] // shards, axis=2)
+    return [piece.reshape(T, size) for piece, size in zip(pieces, sizes, strict=True)]
+
+
+def sharded(shapes: Any, mesh: Mesh | None, spec: PartitionSpec) -> Any:
+    """A pytree of jax.ShapeDtypeStruct, placed."""
+    if mesh is None:
+        return shapes
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def attend(
+    function: Callable[..., tuple[jax.Array, Any]],
+    mesh: Mesh | None,
+    by_head: tuple[jax.Array, ...],
+    shared: tuple[Any, ...],
+    cache: Any,
+    batch: AttentionBatch,
+    *,
+    sinks: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, Any]:
+    """`function(*by_head, *shared, cache, batch, sinks=sinks, **options)`, an attention of kernels_pallas, each device
+    with its own heads: a compiler cannot split a kernel by itself. Arrays `by_head` are [T, heads, D]."""
+    if mesh is None or mesh.shape["tensor"] == 1:
+        return function(*by_head, *shared, cache, batch, sinks=sinks, **options)
+
+    def local(by_head, shared, cache, batch, sinks):
+        return function(*by_head, *shared, cache, batch, sinks=sinks, **options)
+
+    specs = (HEADS, PartitionSpec(), CACHE, PartitionSpec(), PartitionSpec("tensor"))
+    split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(HEADS, CACHE), check_vma=False)
+    return split(by_head, shared, cache, batch, sinks)
