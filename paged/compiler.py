@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from paged.program_store import ProgramStore
+
 logger = logging.getLogger(__name__)
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
@@ -37,11 +39,24 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
 
-def compile_all[Key](programs: Mapping[Key, Callable[[], jax.stages.Lowered]], what: str) -> dict[Key, Any]:
-    """Traces one after the other (Python), compiles side by side (C++)."""
+def compile_all(
+    programs: Mapping[str, Callable[[], jax.stages.Lowered]], what: str, store: ProgramStore
+) -> dict[str, Any]:
+    """Programs by name, from the store where it has them; the others are traced one after the other (Python) and
+    compiled side by side (C++)."""
     begin = time.monotonic()
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        futures = {key: pool.submit(lower().compile) for key, lower in programs.items()}
-        compiled = {key: future.result() for key, future in futures.items()}
-    logger.info("compiled %d %s in %.1f s", len(compiled), what, time.monotonic() - begin)
+        stored = dict(zip(programs, pool.map(store.load, programs), strict=True))
+        futures = {
+            name: pool.submit(_compile, name, lower(), store) for name, lower in programs.items() if not stored[name]
+        }
+        compiled = {name: futures[name].result() if name in futures else stored[name] for name in programs}
+    seconds = time.monotonic() - begin
+    logger.info("%d %s in %.1f s, %d of them compiled", len(compiled), what, seconds, len(futures))
     return compiled
+
+
+def _compile(name: str, lowered: jax.stages.Lowered, store: ProgramStore) -> Any:
+    program = lowered.compile()
+    store.save(name, program)
+    return program

@@ -79,7 +79,7 @@ def step_bytes(analysis: Any) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
-def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs) -> int:
+def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, cache_dir: str | None = None) -> int:
     """How many blocks the pool has; no more than max_num_seqs sequences of full length can use."""
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override
@@ -91,7 +91,7 @@ def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs) -> i
     elif limit is None:
         budget = min(CPU_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
-        budget = limit - tree_bytes(params) - activation_bytes(model, params, shape)
+        budget = limit - tree_bytes(params) - activation_bytes(model, params, shape, cache_dir)
     return min(round_down(max(0, budget // per_block)), useful)
 
 
@@ -102,11 +102,11 @@ def round_down(num_blocks: int) -> int:
     return num_blocks // granularity * granularity
 
 
-def activation_bytes(model: Any, params: Any, shape: RunnerShape) -> int:
+def activation_bytes(model: Any, params: Any, shape: RunnerShape, cache_dir: str | None = None) -> int:
     """Compiles the two largest steps over a small pool (the pool's size does not change their temporaries)."""
-    probe = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS))
+    probe = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS), cache_dir)
     largest = shape.steps[len(shape.decode_sizes) - 1], shape.steps[-1]
-    analyses = [probe.lower_step(step, "full").compile().memory_analysis() for step in largest]
+    analyses = [p.memory_analysis() for p in probe.compile_steps([(step, "full") for step in largest]).values()]
     state = probe.state_shapes()
     return max(map(step_bytes, analyses)) + tree_bytes(state) - tree_bytes(state.caches)
 

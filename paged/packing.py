@@ -34,6 +34,9 @@ class StepShape:
     S: int
     decode_only: bool
 
+    def __str__(self) -> str:
+        return f"decode-{self.S}" if self.decode_only else f"prompt-{self.T}"
+
     @cached_property
     def sizes(self) -> StepInputs[int]:
         return StepInputs(self.T, self.S, self.S, self.S + 1, self.S, self.S, 2)

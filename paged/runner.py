@@ -1,7 +1,7 @@
 """Runs steps on the device: holds the weights and the device state, the compiled programs, and no policy."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from paged import sampler
 from paged.compiler import compile_all
 from paged.packing import StepShape, at_least, pack
 from paged.plan import StepPlan
+from paged.program_store import ProgramStore
 from paged.request import Request
 from paged.sampler import VARIANTS, SampleOutput, SlotState, Variant
 
@@ -71,8 +72,9 @@ class StepHandle(NamedTuple):
 
 
 class Runner:
-    def __init__(self, model: nn.Module, params: Any, shape: RunnerShape):
+    def __init__(self, model: nn.Module, params: Any, shape: RunnerShape, cache_dir: str | None = None):
         self.model, self.params, self.shape = model, params, shape
+        self._cache_dir = cache_dir
         self._steps: dict[tuple[StepShape, Variant], Any] = {}
         self._score: dict[Any, Any] = {}
         self._admit: Any = None
@@ -115,23 +117,31 @@ class Runner:
         program = jax.jit(step, donate_argnums=1, out_shardings=placed)
         return program.lower(_shapes(self.params), state, self._shape((shape.packed_size,)))
 
+    def compile_steps(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[tuple[StepShape, Variant], Any]:
+        steps = {f"{shape}-{variant}": partial(self.lower_step, shape, variant) for shape, variant in keys}
+        return dict(zip(keys, compile_all(steps, "step programs", self._store()).values(), strict=True))
+
+    def _store(self) -> ProgramStore:
+        weights = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), self.params)
+        return ProgramStore.of(self._cache_dir, self.model.config, self.model.compute, self.shape, weights)
+
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
-        steps = {(shape, v): partial(self.lower_step, shape, v) for shape in s.steps for v in s.variants}
-        self._steps = compile_all(steps, "step programs")
+        self._steps = self.compile_steps([(shape, variant) for shape in s.steps for variant in s.variants])
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
         slot = self._shape(())
         admit = jax.jit(admit_program, donate_argnums=(0, 1), out_shardings=self._everywhere).lower
         admit_full = jax.jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere).lower
-        small: dict[Any, Any] = {
+        small = {
             "admit": partial(admit, state.block_tables, state.sampling, packed),
             "admit_full": partial(admit_full, state.sampling, slot, row),
         }
-        small |= {T: partial(self._lower_score, T) for T in s.prompt_sizes}
-        self._score = compile_all(small, "small programs")
-        self._admit, self._admit_full = self._score.pop("admit"), self._score.pop("admit_full")
+        small |= {f"score-{T}": partial(self._lower_score, T) for T in s.prompt_sizes}
+        programs = compile_all(small, "small programs", self._store())
+        self._admit, self._admit_full = programs["admit"], programs["admit_full"]
+        self._score = {T: programs[f"score-{T}"] for T in s.prompt_sizes}
         self.reset_state()
 
     def memory_analysis(self) -> dict[tuple[StepShape, Variant], Any]:

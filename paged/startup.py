@@ -77,9 +77,10 @@ def build(config: EngineConfig) -> Parts:
     params = checkpoint.load_params(model, dtype, seed=args.seed)
     loaded = time.monotonic()
     shape = runner_shape(config, checkpoint, dtype, jax.default_backend())
-    num_blocks = size_pool(model, params, shape, config.cache)
+    cache_dir = config.runner.compilation_cache_dir
+    num_blocks = size_pool(model, params, shape, config.cache, cache_dir)
     shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
-    runner = Runner(model, params, shape)
+    runner = Runner(model, params, shape, cache_dir)
     runner.compile()
     memory = ledger(runner, config.cache)
     logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)

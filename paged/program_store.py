@@ -1,0 +1,72 @@
+"""Compiled programs on disk, found again without tracing: a warm start loads them and runs no Python for any.
+
+JAX's own compilation cache is looked up with the lowered program, and tracing and lowering a model takes longer than
+loading what comes of it. Here the key is everything that a program is made from: the sources, the versions, the
+devices and the sizes.
+"""
+
+import hashlib
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+SOURCES = ("kernels_pallas", "models", "paged")
+
+
+@dataclass(frozen=True)
+class ProgramStore:
+    """A folder of programs. What it holds is as trusted as the code itself: loading a program runs it.
+
+    Attributes:
+      directory: of one model, in one shape, on one kind of machine; None: nothing is kept.
+    """
+
+    directory: Path | None = None
+
+    @classmethod
+    def of(cls, cache_dir: str | None, *made_from: Any) -> "ProgramStore":
+        """The store in `cache_dir` for programs that depend on the representations of `made_from`."""
+        if not cache_dir:
+            return cls()
+        digest = hashlib.sha256(source_digest())
+        devices = jax.devices()
+        machine = (jax.__version__, jax.lib.__version__, devices[0].client.platform_version, devices)
+        digest.update(repr((machine, made_from)).encode())
+        return cls(Path(cache_dir).expanduser() / "programs" / digest.hexdigest()[:32])
+
+    def load(self, name: str) -> Any:
+        """The program of that name, ready to be called, or None."""
+        if self.directory is None or not (path := self.directory / name).exists():
+            return None
+        try:
+            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        except Exception as error:  # a damaged file or one of another build: compile again, and write it anew
+            logger.warning("cannot use the compiled program %s: %s", path, error)
+            return None
+
+    def save(self, name: str, program: Any) -> None:
+        if self.directory is None:
+            return
+        try:
+            content = pickle.dumps(serialize_executable.serialize(program))
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = self.directory / f".{name}.{id(program)}"
+            partial.write_bytes(content)
+            partial.rename(self.directory / name)
+        except (OSError, ValueError, NotImplementedError) as error:
+            logger.warning("the compiled program %s is not kept: %s", name, error)
+
+
+def source_digest() -> bytes:
+    """Of everything that is traced into a program."""
+    root, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for package in SOURCES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.digest()

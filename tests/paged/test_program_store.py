@@ -1,0 +1,47 @@
+"""A second start finds every program, and whatever does not fit is compiled again."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from paged import SamplingParams
+from paged.program_store import ProgramStore
+from tests.paged.tiny import make_engine, run, tokens, write_config
+
+ASKED = {"a": ([1, 2, 3], SamplingParams(seed=1, max_tokens=9)), "b": ([4] * 20, SamplingParams(logprobs=2, seed=2))}
+
+
+def start(folder: str, cache: Path, caplog: pytest.LogCaptureFixture, **options) -> tuple[list[list[int]], int]:
+    """The tokens of ASKED, and how many programs were compiled."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "paged.compiler"):
+        engine = make_engine(folder, compilation_cache_dir=str(cache), **options)
+    results = run(engine, ASKED)
+    engine.close()
+    compiled = sum(record.args[-1] for record in caplog.records if record.name == "paged.compiler")
+    return [tokens(results[name]) for name in ASKED], compiled
+
+
+def test_a_warm_start(tmp_path, caplog):
+    folder = write_config(tmp_path)
+    cold, compiled = start(folder, tmp_path / "cache", caplog)
+    assert compiled > 0
+    assert start(folder, tmp_path / "cache", caplog) == (cold, 0)
+    assert start(folder, tmp_path / "cache", caplog, num_gpu_blocks_override=81)[1] == compiled
+    files = [path for path in (tmp_path / "cache").rglob("decode-*") if "programs" in str(path)]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:100])
+    assert start(folder, tmp_path / "cache", caplog) == (cold, len(files) // 2)
+    assert "cannot use the compiled program" in caplog.text
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path):
+    store = ProgramStore.of("", "anything")
+    store.save("name", object())
+    assert store.load("name") is None and not list(tmp_path.iterdir())
+
+
+def test_the_folder_depends_on_what_programs_are_made_from(tmp_path):
+    one, same, other = (ProgramStore.of(str(tmp_path), part).directory for part in ("a", "a", "b"))
+    assert one == same != other
