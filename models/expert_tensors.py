@@ -53,6 +53,8 @@ class ExpertTensors:
     def _add_stack(self, name: str, experts: str, projection: str, suffix: str | None) -> None:
         if suffix == "_scales":
             return  # read together with the blocks
+        if suffix == "_blocks" and f"{experts}.{projection}_scales" not in self._source.names:
+            raise ValueError(f"the checkpoint has tensor {name}, but not the scales that belong to it")
         kind = "bias" if suffix == "_bias" else "weight"
         for n in range(self._num_experts):
             expert = partial(self._expert, name, n, suffix)

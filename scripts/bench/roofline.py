@@ -59,7 +59,7 @@ class Cost:
             weight_bytes=tree_bytes(params) - gathered * itemsize,
             weights=sum(x.size for x in leaves) - gathered,
             head_weights=embedding,
-            kv_bytes=2 * config.num_kv_heads * config.head_dim * cache_itemsize,
+            kv_bytes=(2 if config.latent is None else 1) * config.num_kv_heads * config.head_dim * cache_itemsize,
         )
 
     def cached_tokens_read(self, context: np.ndarray | Sequence[int]) -> int:
