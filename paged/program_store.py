@@ -8,6 +8,7 @@ devices and the sizes.
 import hashlib
 import logging
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +26,29 @@ class ProgramStore:
 
     Attributes:
       directory: of one model, in one shape, on one kind of machine; None: nothing is kept.
+      devices: that the programs run on, in the order of their mesh.
     """
 
-    directory: Path | None = None
+    directory: Path | None
+    devices: tuple[jax.Device, ...]
 
     @classmethod
-    def of(cls, cache_dir: str | None, *made_from: Any) -> "ProgramStore":
+    def of(cls, cache_dir: str | None, devices: Sequence[jax.Device], *made_from: Any) -> "ProgramStore":
         """The store in `cache_dir` for programs that depend on the representations of `made_from`."""
         if not cache_dir:
-            return cls()
+            return cls(None, tuple(devices))
         digest = hashlib.sha256(source_digest())
-        devices = jax.devices()
         machine = (jax.__version__, jax.lib.__version__, devices[0].client.platform_version, devices)
         digest.update(repr((machine, made_from)).encode())
-        return cls(Path(cache_dir).expanduser() / "programs" / digest.hexdigest()[:32])
+        return cls(Path(cache_dir).expanduser() / "programs" / digest.hexdigest()[:32], tuple(devices))
 
     def load(self, name: str) -> Any:
         """The program of that name, ready to be called, or None."""
         if self.directory is None or not (path := self.directory / name).exists():
             return None
         try:
-            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+            program, inputs, outputs = pickle.loads(path.read_bytes())
+            return serialize_executable.deserialize_and_load(program, inputs, outputs, execution_devices=self.devices)
         except Exception as error:  # a damaged file or one of another build: compile again, and write it anew
             logger.warning("cannot use the compiled program %s: %s", path, error)
             return None

@@ -122,8 +122,10 @@ class Runner:
         return dict(zip(keys, compile_all(steps, "step programs", self._store()).values(), strict=True))
 
     def _store(self) -> ProgramStore:
+        mesh = self.model.compute.mesh
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
         weights = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), self.params)
-        return ProgramStore.of(self._cache_dir, self.model.config, self.model.compute, self.shape, weights)
+        return ProgramStore.of(self._cache_dir, devices, self.model.config, self.model.compute, self.shape, weights)
 
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""

@@ -1,8 +1,12 @@
 """A second start finds every program, and whatever does not fit is compiled again."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from paged import SamplingParams
@@ -37,11 +41,28 @@ def test_a_warm_start(tmp_path, caplog):
 
 
 def test_nothing_is_kept_without_a_folder(tmp_path):
-    store = ProgramStore.of("", "anything")
+    store = ProgramStore.of("", jax.devices(), "anything")
     store.save("name", object())
     assert store.load("name") is None and not list(tmp_path.iterdir())
 
 
 def test_the_folder_depends_on_what_programs_are_made_from(tmp_path):
-    one, same, other = (ProgramStore.of(str(tmp_path), part).directory for part in ("a", "a", "b"))
+    one, same, other = (ProgramStore.of(str(tmp_path), jax.devices(), part).directory for part in ("a", "a", "b"))
     assert one == same != other
+
+
+def test_a_program_runs_on_the_devices_that_it_was_compiled_for(tmp_path):
+    """Also where the machine has more of them."""
+    script = """if True:
+        import sys
+        from paged import SamplingParams
+        from tests.paged.tiny import make_engine, run, tokens
+        folder, cache = sys.argv[1:]
+        asked = {"a": ([1, 2, 3], SamplingParams(temperature=0, max_tokens=9))}
+        first, second = (tokens(run(make_engine(folder, compilation_cache_dir=cache), asked)["a"]) for _ in range(2))
+        assert first == second and len(first) == 9
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, write_config(tmp_path), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    assert done.returncode == 0 and "cannot use" not in done.stderr, done.stderr[-2000:]
