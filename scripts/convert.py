@@ -1,4 +1,4 @@
-"""python -m scripts.convert SRC DST: any model as an Orbax checkpoint, which starts much faster."""
+"""python -m scripts.convert SRC DST: any model as an Orbax checkpoint, which each device reads its part of."""
 
 import sys
 import time
