@@ -53,7 +53,7 @@ def test_whole_distribution_agrees_in_one_prefill(name: str) -> None:
     assert difference < FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name != "gpt-oss-mxfp4"])  # as gpt-oss, once it is read
 def test_bfloat16_stays_near_float32(name: str) -> None:
     """The tokens are given: what is compared is each step's logprob."""
     driver, expected = open_tiny(name, jnp.bfloat16)
