@@ -20,6 +20,7 @@ def races(capsys):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise")):
         yield lambda: "RACE DETECTED" in capsys.readouterr().out
     pltpu.reset_tpu_interpret_mode_state()
+    jax.clear_caches()  # what one shape compiled is of no use to the next, and takes 100 MB
 
 
 def check(case: Case, races, **options) -> None:
