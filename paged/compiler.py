@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,15 +13,6 @@ from paged.program_store import ProgramStore
 
 logger = logging.getLogger(__name__)
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
-
-
-def enable_persistent_cache(directory: str | None) -> None:
-    """Keeps compiled programs on disk, unless the process has already chosen a place for them."""
-    if directory and not jax.config.jax_compilation_cache_dir:
-        path = Path(directory).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class CompileCounter:

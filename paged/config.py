@@ -78,7 +78,7 @@ class RunnerArgs:
 
     attention_backend: Literal["auto", "reference", "mosaic_gpu", "mosaic_tpu"] = option("auto", "auto: by device")
     tensor_parallel_size: int = option(1, "devices of this machine that share each layer")
-    compilation_cache_dir: str | None = option("~/.cache/paged/xla", "compiled programs; empty: not kept")
+    compilation_cache_dir: str | None = option("~/.cache/paged/programs", "compiled programs; empty: not kept")
 
     def __post_init__(self) -> None:
         require(self.tensor_parallel_size >= 1, "tensor_parallel_size", "must be at least 1")

@@ -2,7 +2,8 @@
 
 JAX's own compilation cache is looked up with the lowered program, and tracing and lowering a model takes longer than
 loading what comes of it. Here the key is everything that a program is made from: the sources, the versions, the
-devices and the sizes.
+devices and the sizes. Where JAX's is on, it is used instead: on CPUs a program that came out of it cannot be stored
+again (jax 0.11.2: it loads, and fails when it is called).
 """
 
 import hashlib
@@ -35,12 +36,12 @@ class ProgramStore:
     @classmethod
     def of(cls, cache_dir: str | None, devices: Sequence[jax.Device], *made_from: Any) -> "ProgramStore":
         """The store in `cache_dir` for programs that depend on the representations of `made_from`."""
-        if not cache_dir:
+        if not cache_dir or jax.config.jax_compilation_cache_dir:
             return cls(None, tuple(devices))
         digest = hashlib.sha256(source_digest())
         machine = (jax.__version__, jax.lib.__version__, devices[0].client.platform_version, devices)
         digest.update(repr((machine, made_from)).encode())
-        return cls(Path(cache_dir).expanduser() / "programs" / digest.hexdigest()[:32], tuple(devices))
+        return cls(Path(cache_dir).expanduser() / digest.hexdigest()[:32], tuple(devices))
 
     def load(self, name: str) -> Any:
         """The program of that name, ready to be called, or None."""

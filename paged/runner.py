@@ -62,6 +62,10 @@ class RunnerShape:
         prompts = [StepShape(T, self.max_num_seqs, decode_only=False) for T in self.prompt_sizes]
         return [StepShape(S, S, decode_only=True) for S in self.decode_sizes] + prompts
 
+    def variants_of(self, step: StepShape) -> tuple[Variant, ...]:
+        """Of a step's sampler. Beside a prompt's products its noise is nothing: greedy ones need none of their own."""
+        return self.variants if step.decode_only else self.variants[-2:]
+
 
 class StepHandle(NamedTuple):
     """A dispatched step, whose outputs are on their way to the host."""
@@ -130,7 +134,7 @@ class Runner:
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
-        self._steps = self.compile_steps([(shape, variant) for shape in s.steps for variant in s.variants])
+        self._steps = self.compile_steps([(shape, variant) for shape in s.steps for variant in s.variants_of(shape)])
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
         slot = self._shape(())
@@ -161,7 +165,7 @@ class Runner:
         """Dispatches a step and the copies of its outputs; returns without waiting for either."""
         self._write_slots(plan.admitted)
         shape = self._bucket(plan)
-        variant = self._variant(plan)
+        variant = self._variant(plan, shape)
         packed = self._send(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
         self.state, output = self._steps[shape, variant](self.params, self.state, packed)
         scores = [] if output.hidden is None else list(self._score_prompts(plan, output.hidden))
@@ -176,11 +180,11 @@ class Runner:
         T = at_least(self.shape.prompt_sizes, plan.num_tokens)
         return StepShape(T, self.shape.max_num_seqs, decode_only=False)
 
-    def _variant(self, plan: StepPlan) -> Variant:
+    def _variant(self, plan: StepPlan, shape: StepShape) -> Variant:
         """The cheapest that serves every request of the step."""
         needed = {sampler.variant_of(s.request.sampling_params) for s in plan.scheduled}
         rank = max(map(VARIANTS.index, needed))
-        return next(v for v in self.shape.variants if VARIANTS.index(v) >= rank)
+        return next(v for v in self.shape.variants_of(shape) if VARIANTS.index(v) >= rank)
 
     def _write_slots(self, admitted: list[Request]) -> None:
         s = self.shape

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from kernels_pallas import attention_backend
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
-from paged.compiler import enable_persistent_cache
 from paged.config import EngineConfig
 from paged.errors import InvalidRequestError
 from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
@@ -59,7 +58,6 @@ def build(config: EngineConfig) -> Parts:
     begin = time.monotonic()
     args = config.model
     reserve_device_memory(config.cache.gpu_memory_utilization)
-    enable_persistent_cache(config.runner.compilation_cache_dir)
     checkpoint = open_checkpoint(
         args.model,
         tokenizer=args.tokenizer,
