@@ -63,7 +63,7 @@ def test_matches_the_reference(H, K, D, N, P, dtype, options, races):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_matches_the_reference_at_random(seed, races):
     rng = np.random.default_rng(seed)
     G, K = int(rng.choice([1, 2, 3, 4, 7, 8, 16])), int(rng.choice([1, 2, 3, 4, 8]))
