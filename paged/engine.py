@@ -14,7 +14,7 @@ from paged.output_processor import OutputProcessor, metrics_of, to_host
 from paged.outputs import CompletionDelta
 from paged.plan import StepPlan
 from paged.request import Request
-from paged.runner import StepHandle
+from paged.runner import PackedStep, StepHandle
 from paged.sampling_params import SamplingParams
 from paged.startup import build
 from paged.stats import FinishedRequestStats, StatsListener, StepStats
@@ -53,7 +53,7 @@ class Engine:
         self.compiles = CompileCounter()
         self._groups: dict[str, Group] = {}
         self._processors: dict[str, OutputProcessor] = {}  # by internal request id
-        self._inflight: StepHandle | None = None
+        self._inflight: list[StepHandle] = []
         self._stats = StepStats()
 
     # ---- requests -------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Engine:
                 self._forget(request)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._groups) or self._inflight is not None
+        return bool(self._groups) or bool(self._inflight)
 
     def close(self) -> None:
         self.compiles.close()
@@ -152,38 +152,55 @@ class Engine:
     # ---- steps ----------------------------------------------------------------------------------------------
 
     def step(self) -> list[CompletionDelta]:
-        """Dispatches the next step, then reads the one before it: returns what that one added."""
+        """Dispatches the next step, or a few if they are short, then reads what was dispatched before: returns what
+        that added."""
         begin = time.monotonic()
-        previous, self._inflight = self._inflight, None
-        plan, failure = self.scheduler.schedule(), None
-        if plan is not None:
+        previous, self._inflight = self._inflight, []
+        steps, failure = self._plan(), None
+        if steps:
             try:
-                self._inflight = self.runner.execute(plan)
+                self._inflight = self.runner.execute(steps)
             except Exception as error:
                 failure = error
         deltas: list[CompletionDelta] = []
-        if previous is not None:
+        for handle in previous:
             try:
-                deltas = self._read(previous)
+                deltas += self._read(handle)
             except Exception as error:
                 failure = failure or error
-                deltas = self._fail_all(previous.plan, error)
+                deltas += self._fail_all(handle.plans, error)
+        plans = [step.plan for step in steps]
         if failure is not None:
-            deltas += self._recover(plan, failure)
-        self._report(plan, begin)
+            deltas += self._recover(plans, failure)
+        self._report(plans, begin)
         return deltas
 
+    def _plan(self) -> list[PackedStep]:
+        """The next step; while nobody waits, as many decode steps as one call runs."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        steps = [first := self.runner.pack(plan)]
+        while len(steps) < self.runner.chain_length(first) and not self.scheduler.num_waiting:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            steps.append(self.runner.pack(plan, first.shape))
+        return steps
+
     def _read(self, step: StepHandle) -> list[CompletionDelta]:
-        """Waits for a step's tokens and hands them to their requests."""
-        sampled = to_host(step.output.sampled)
+        """Waits for a call's tokens and hands them to their requests."""
+        outputs = to_host(step.sampled)
         for request, positions, scores in step.prompt_scores:
             if processor := self._processors.get(request.request_id):
                 processor.add_prompt_logprobs(positions, to_host(scores))
         now = time.monotonic()
         deltas: list[CompletionDelta] = []
-        for row, scheduled in enumerate(step.plan.scheduled):
-            if scheduled.samples and not scheduled.request.finished:
-                deltas += self._append(scheduled.request, sampled, row, now)
+        for index, plan in enumerate(step.plans):
+            sampled = step.sampled_of(index, outputs)
+            for row, scheduled in enumerate(plan.scheduled):
+                if scheduled.samples and not scheduled.request.finished:
+                    deltas += self._append(scheduled.request, sampled, row, now)
         return deltas
 
     def _append(self, request: Request, sampled: Any, row: int, now: float) -> list[CompletionDelta]:
@@ -211,20 +228,20 @@ class Engine:
 
     # ---- failures -------------------------------------------------------------------------------------------
 
-    def _recover(self, dispatched: StepPlan | None, error: Exception) -> list[CompletionDelta]:
+    def _recover(self, dispatched: list[StepPlan], error: Exception) -> list[CompletionDelta]:
         """A step that raised takes the donated caches with it, and the one dispatched behind it too: their requests
         end, everyone else is computed again."""
         logger.error("a step failed: its requests end with an error, the engine goes on", exc_info=error)
-        deltas = self._fail_all(dispatched, error) if dispatched else []
-        self._inflight = None
+        deltas = self._fail_all(dispatched, error)
+        self._inflight = []
         self.scheduler.forget_computed()
         self.runner.reset_state()
         return deltas
 
-    def _fail_all(self, plan: StepPlan, error: Exception) -> list[CompletionDelta]:
+    def _fail_all(self, plans: list[StepPlan], error: Exception) -> list[CompletionDelta]:
         message = f"the engine failed in a step: {type(error).__name__}: {error}"
-        requests = [s.request for s in plan.scheduled if s.request.request_id in self._processors]
-        return [delta for request in requests for delta in self._fail(request, message)]
+        requests = [s.request for plan in plans for s in plan.scheduled]
+        return [delta for r in requests if r.request_id in self._processors for delta in self._fail(r, message)]
 
     def _fail(self, request: Request, message: str) -> list[CompletionDelta]:
         """Ends a request, and with a leader the siblings that wait for its prompt."""
@@ -259,7 +276,7 @@ class Engine:
         for listener in self.listeners:
             listener.on_finished(stats)
 
-    def _report(self, plan: StepPlan | None, begin: float) -> None:
+    def _report(self, plans: list[StepPlan], begin: float) -> None:
         if not self.listeners:
             self._stats = StepStats()
             return
@@ -267,7 +284,7 @@ class Engine:
         scheduler = self.scheduler
         stats.num_running, stats.num_waiting = scheduler.num_running, scheduler.num_waiting
         stats.kv_cache_usage = scheduler.usage
-        stats.num_prompt_tokens = sum(s.num_tokens for s in plan.prefills) if plan else 0
+        stats.num_prompt_tokens = sum(s.num_tokens for plan in plans for s in plan.prefills)
         stats.num_compiles, self.compiles.count = self.compiles.count, 0
         scheduler.take_counters(stats)
         stats.step_seconds = time.monotonic() - begin

@@ -1,7 +1,7 @@
 """Runs steps on the device: holds the weights and the device state, the compiled programs, and no policy."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels_pallas import AttentionBatch
@@ -24,6 +25,7 @@ from paged.sampler import VARIANTS, SampleOutput, SlotState, Variant
 
 logger = logging.getLogger(__name__)
 ADMIT_ROWS = 8  # requests whose slots one call writes
+LARGEST_CHAINED = 32  # sequences: with more, a step takes longer than its call
 SCORE_ROWS = 64  # prompt positions whose logprobs one call computes
 
 
@@ -56,6 +58,7 @@ class RunnerShape:
     prompt_sizes: tuple[int, ...]  # buckets of T
     variants: tuple[Variant, ...]  # of the sampler, the cheapest first and "full" last
     cache_dtype: Any
+    chain: int = 1  # decode steps that one call may run, of batches so small that a call costs more than a step
 
     @property
     def steps(self) -> list[StepShape]:
@@ -66,13 +69,33 @@ class RunnerShape:
         """Of a step's sampler. Beside a prompt's products its noise is nothing: greedy ones need none of their own."""
         return self.variants if step.decode_only else self.variants[-2:]
 
+    @property
+    def chained(self) -> list[StepShape]:
+        """The steps that a call may run several of. Their sampler is "random"."""
+        if self.chain == 1 or "random" not in self.variants:
+            return []
+        return [StepShape(S, S, decode_only=True) for S in self.decode_sizes if S <= LARGEST_CHAINED]
 
-class StepHandle(NamedTuple):
-    """A dispatched step, whose outputs are on their way to the host."""
+
+class PackedStep(NamedTuple):
+    """A plan on its way to the device. What it was packed from may change."""
 
     plan: StepPlan
-    output: StepOutput
+    shape: StepShape
+    variant: Variant
+    packed: np.ndarray
+
+
+class StepHandle(NamedTuple):
+    """A dispatched call, whose outputs are on their way to the host."""
+
+    plans: list[StepPlan]
+    sampled: SampleOutput  # of one plan; of several, tokens alone, int32[plans, S]
     prompt_scores: list[tuple[Request, range, SampleOutput]]  # of prompt positions; one row each, then padding
+
+    def sampled_of(self, index: int, outputs: SampleOutput) -> SampleOutput:
+        """Of plan `index`, from the `sampled` that came to the host."""
+        return outputs if len(self.plans) == 1 else SampleOutput(outputs.tokens[index])
 
 
 class Runner:
@@ -80,6 +103,7 @@ class Runner:
         self.model, self.params, self.shape = model, params, shape
         self._cache_dir = cache_dir
         self._steps: dict[tuple[StepShape, Variant], Any] = {}
+        self._chains: dict[StepShape, Any] = {}
         self._score: dict[Any, Any] = {}
         self._admit: Any = None
         self._admit_full: Any = None
@@ -116,10 +140,17 @@ class Runner:
 
     def lower_step(self, shape: StepShape, variant: Variant) -> jax.stages.Lowered:
         step = partial(step_program, self.model, self.shape, shape, variant)
+        return self._lower(step, (shape.packed_size,))
+
+    def _lower_chain(self, shape: StepShape) -> jax.stages.Lowered:
+        chain = partial(chain_program, self.model, self.shape, shape)
+        return self._lower(chain, (self.shape.chain, shape.packed_size))
+
+    def _lower(self, step: Callable, packed: tuple[int, ...]) -> jax.stages.Lowered:
         state = self.state_shapes()
         placed = jax.tree.map(lambda x: x.sharding, state), self._everywhere
         program = jax.jit(step, donate_argnums=1, out_shardings=placed)
-        return program.lower(_shapes(self.params), state, self._shape((shape.packed_size,)))
+        return program.lower(_shapes(self.params), state, self._shape(packed))
 
     def compile_steps(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[tuple[StepShape, Variant], Any]:
         steps = {f"{shape}-{variant}": partial(self.lower_step, shape, variant) for shape, variant in keys}
@@ -135,6 +166,8 @@ class Runner:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
         self._steps = self.compile_steps([(shape, variant) for shape in s.steps for variant in s.variants_of(shape)])
+        chains = {f"{shape}-chain": partial(self._lower_chain, shape) for shape in s.chained}
+        self._chains = dict(zip(s.chained, compile_all(chains, "chains", self._store()).values(), strict=True))
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
         slot = self._shape(())
@@ -161,17 +194,36 @@ class Runner:
 
     # ---- serving --------------------------------------------------------------------------------------------
 
-    def execute(self, plan: StepPlan) -> StepHandle:
-        """Dispatches a step and the copies of its outputs; returns without waiting for either."""
-        self._write_slots(plan.admitted)
-        shape = self._bucket(plan)
-        variant = self._variant(plan, shape)
-        packed = self._send(pack(plan, shape, scratch_slot=self.shape.max_num_seqs))
-        self.state, output = self._steps[shape, variant](self.params, self.state, packed)
-        scores = [] if output.hidden is None else list(self._score_prompts(plan, output.hidden))
+    def pack(self, plan: StepPlan, shape: StepShape | None = None) -> PackedStep:
+        """For execution after those packed before it; in `shape`, or the smallest that fits."""
+        shape = shape or self._bucket(plan)
+        packed = pack(plan, shape, scratch_slot=self.shape.max_num_seqs)
+        return PackedStep(plan, shape, self._variant(plan, shape), packed)
+
+    def chain_length(self, step: PackedStep) -> int:
+        """How many steps like this one call runs, if there are as many; else 1."""
+        return self.shape.chain if step.shape in self._chains and step.variant != "full" else 1
+
+    def execute(self, steps: Sequence[PackedStep]) -> list[StepHandle]:
+        """Dispatches steps and the copies of their outputs; returns without waiting for either."""
+        if len(steps) > 1 and len(steps) == self.chain_length(steps[0]):
+            return [self._execute_chain(steps)]
+        return [self._execute(step) for step in steps]
+
+    def _execute(self, step: PackedStep) -> StepHandle:
+        self._write_slots(step.plan.admitted)
+        program = self._steps[step.shape, step.variant]
+        self.state, output = program(self.params, self.state, self._send(step.packed))
+        scores = [] if output.hidden is None else list(self._score_prompts(step.plan, output.hidden))
         for array in jax.tree.leaves((output.sampled, [arrays for _, _, arrays in scores])):
             array.copy_to_host_async()
-        return StepHandle(plan, StepOutput(output.sampled, None), scores)
+        return StepHandle([step.plan], output.sampled, scores)
+
+    def _execute_chain(self, steps: Sequence[PackedStep]) -> StepHandle:
+        packed = self._send(np.stack([step.packed for step in steps]))
+        self.state, tokens = self._chains[steps[0].shape](self.params, self.state, packed)
+        tokens.copy_to_host_async()
+        return StepHandle([step.plan for step in steps], SampleOutput(tokens), [])
 
     def _bucket(self, plan: StepPlan) -> StepShape:
         if not plan.prefills:
@@ -260,6 +312,20 @@ def step_program(
     keeps_hidden = variant == "full" and not shape.decode_only
     state = DeviceState(caches, block_tables, last_tokens, sampling)
     return state, StepOutput(sampled, hidden if keeps_hidden else None)
+
+
+def chain_program(
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, state: DeviceState, packed
+) -> tuple[DeviceState, jax.Array]:
+    """Decode steps one after the other, one program. packed: int32[steps, shape.packed_size]; gives the tokens,
+    int32[steps, S]."""
+
+    def step(i, carry):
+        state, tokens = carry
+        state, output = step_program(model, sizes, shape, "random", params, state, packed[i])
+        return state, tokens.at[i].set(output.sampled.tokens)
+
+    return lax.fori_loop(0, len(packed), step, (state, jnp.zeros((len(packed), shape.S), jnp.int32)))
 
 
 def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Array) -> tuple[jax.Array, SlotState]:

@@ -30,14 +30,15 @@ class MachineDefaults(NamedTuple):
     smallest_prompt: int  # bucket of T
     growth: int  # from a bucket to the next
     variants: tuple[Variant, ...]
+    chain: int  # decode steps in a call
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
 # saves a dozen programs for a few percent of a step.
 DEFAULTS = {
-    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",)),
-    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS),
-    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",)),
+    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1),
+    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4),
+    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1),
 }
 
 
@@ -120,6 +121,7 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
         prompt_sizes=buckets(defaults.smallest_prompt, max_tokens, defaults.growth),
         variants=defaults.variants,
         cache_dtype=dtype if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype),
+        chain=defaults.chain,
     )
 
 
