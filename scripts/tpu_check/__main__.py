@@ -28,13 +28,13 @@ class CheckArgs:
     _argument_group_name: ClassVar[str] = "check"
 
     model: str = field(metadata={"positional": True, "help": "hub id, directory or .gguf file"})
-    topology: str = option("v5e:1x1", "chips: v5e:2x2, v6e:2x4, v5p:2x2x1 and so on")
+    topology: str = option("v5e:1x1", "chips, such as v6e:2x4 or v5p:2x2x1")
     tensor_parallel_size: int | None = option(None, "of them, that share each layer; none: all")
     max_model_len: int = option(8192, "longest prompt plus output, in tokens")
-    batch: tuple[int, ...] = option((1, 16, 64, 256), "sequences of a decode step to estimate, several values")
+    batch: tuple[int, ...] = option((1, 16, 64, 256), "sequences of a decode step, several values")
     context: tuple[int, ...] = option((1024, 4096), "tokens of each of them, several values")
-    largest_only: bool = option(False, "compile only the largest programs, which decide about memory")
-    estimate: bool = option(True, "estimate tokens a second; compiles each program a second time")
+    largest_only: bool = option(False, "compile the two largest programs alone")
+    estimate: bool = option(True, "tokens a second; compiles all once more")
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):

@@ -25,6 +25,8 @@ class Estimates:
         self.kv_bytes = tree_bytes(runner.state_shapes().caches) / (shape.num_blocks * shape.block_size)
         self.ceilings = Ceilings(chip.bandwidth, chip.flops)
         self.cost = Cost.of(self.config, runner.params, np.dtype(shape.cache_dtype).itemsize)
+        embed = runner.params["params"]["embed"]
+        self.weight_bytes = tree_bytes(runner.params) - (0 if self.config.tie_word_embeddings else tree_bytes(embed))
 
     def report(self, batches, contexts, max_model_len: int, about: dict[str, Any]) -> None:
         report = Report("tpu_check", about)
@@ -50,7 +52,7 @@ class Estimates:
         attention = 4 * self.config.num_heads * self.config.head_dim * attended / self.shards
         moved, operations = program.bytes + fetched, program.flops + attention
         seconds = self.ceilings.seconds(moved, operations)
-        weights, used = self.cost.weight_bytes, tokens * 2 * self.cost.weights / self.shards
+        weights, used = self.weight_bytes, tokens * 2 * self.cost.weights / self.shards
         if read is not None:  # a prompt step has logits for the last token of each sequence alone
             used = 2 * (tokens * (self.cost.weights - self.cost.head_weights)) / self.shards
         floor = self.ceilings.seconds(weights + fetched, used + attention)

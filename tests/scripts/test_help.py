@@ -6,6 +6,7 @@ import re
 import pytest
 
 PROGRAMS = ["scripts.batch.__main__", "scripts.compare_transformers", "scripts.convert", "scripts.evaluate"]
+PROGRAMS += ["scripts.tpu_check.__main__"]
 PROGRAMS += [f"scripts.bench.{name}" for name in ("throughput", "latency", "prefill", "serve")]
 
 
@@ -22,7 +23,7 @@ def test_every_option_has_a_line(module: str, monkeypatch, capsys) -> None:
     assert len(groups) >= 2
     for _, *lines in groups:
         for line in lines:
-            assert line.startswith(("  -", "  INPUT", "  OUTPUT", "  TEXT_FILE", "  SRC", "  DST")), (
+            assert line.startswith(("  -", "  INPUT", "  OUTPUT", "  TEXT_FILE", "  SRC", "  DST", "  MODEL")), (
                 f"it runs over: {line}"
             )
             assert len(line) <= 100
