@@ -120,7 +120,7 @@ def compile_programs(runner: Runner, shapes, chip: Chip, about: dict[str, Any]) 
     """Those that compile, and how many do not."""
     report, programs, failed = Report("tpu_check", about), [], 0
     for shape in shapes:
-        for variant in runner.shape.variants:
+        for variant in runner.shape.variants_of(shape):
             name = f"{'decode' if shape.decode_only else 'prompt'} {shape.T}"
             try:
                 program = Program.compile(runner, shape, variant)
