@@ -3,6 +3,7 @@
 from kernels_pallas.attention import (
     AttentionBatch,
     QKNorm,
+    UnsupportedShapeError,
     attention_backend,
     cache_shape,
     latent_cache_shape,
@@ -15,6 +16,7 @@ from kernels_pallas.rotary import apply_rotary, rms_norm
 __all__ = [
     "AttentionBatch",
     "QKNorm",
+    "UnsupportedShapeError",
     "apply_rotary",
     "attention_backend",
     "cache_shape",

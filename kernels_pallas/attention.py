@@ -26,6 +26,10 @@ _IMPLEMENTATIONS = {
 }
 
 
+class UnsupportedShapeError(ValueError):
+    """An implementation cannot serve a cache or batch of this shape; its words tell the user what to change."""
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["kv_lens", "block_tables", "cu_q_lens", "num_seqs"],

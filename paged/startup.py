@@ -3,12 +3,12 @@
 import logging
 import time
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import attention_backend
+from kernels_pallas import UnsupportedShapeError, attention_backend
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
 from paged.config import EngineConfig
 from paged.errors import InvalidRequestError
@@ -75,17 +75,36 @@ def build(config: EngineConfig) -> Parts:
         raise InvalidRequestError(str(e), param="tensor_parallel_size") from e
     params = checkpoint.load_params(model, dtype, seed=args.seed)
     loaded = time.monotonic()
-    shape = runner_shape(config, checkpoint, dtype, jax.default_backend())
-    cache_dir = config.runner.compilation_cache_dir
-    num_blocks = size_pool(model, params, shape, config.cache, cache_dir)
-    shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
-    runner = Runner(model, params, shape, cache_dir)
-    runner.compile()
+    try:
+        runner, max_model_len = compiled_runner(config, checkpoint, model, params)
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        if backend == "reference" or config.runner.attention_backend != "auto":
+            raise
+        logger.warning("attention runs through plain XLA, as %s does not compile here: %s", backend, error)
+        backend = "reference"
+        model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend, mesh=mesh)
+        runner, max_model_len = compiled_runner(config, checkpoint, model, params)
     memory = ledger(runner, config.cache)
     logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)
     logger.info("memory: %s", memory)
     logger.info("ready in %.1f s, %.1f of them for the weights", time.monotonic() - begin, loaded - begin)
-    return Parts(checkpoint, runner, make_scheduler(config, shape), max_model_len, memory)
+    return Parts(checkpoint, runner, make_scheduler(config, runner.shape), max_model_len, memory)
+
+
+def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any, params: Any) -> tuple[Runner, int]:
+    """Sizes the pool and compiles every program; also gives the context length that fits."""
+    shape = runner_shape(config, checkpoint, model.compute.dtype, jax.default_backend())
+    cache_dir = config.runner.compilation_cache_dir
+    try:
+        num_blocks = size_pool(model, params, shape, config.cache, cache_dir)
+        shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
+        runner = Runner(model, params, shape, cache_dir)
+        runner.compile()
+    except UnsupportedShapeError as e:
+        raise InvalidRequestError(str(e)) from e
+    return runner, max_model_len
 
 
 def compute_dtype(name: str) -> jnp.dtype:

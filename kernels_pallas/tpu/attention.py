@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from kernels_pallas.attention import UnsupportedShapeError
 from kernels_pallas.tpu import layout
 from kernels_pallas.tpu.kernel import Batch, Options, attend
 from kernels_pallas.tpu.layout import Blocks, Layout, cache_shape
@@ -44,7 +45,7 @@ def _check_scalar_memory(batch) -> None:
     S, P = batch.block_tables.shape
     needed = (S * P + 2 * S) * 4
     if needed > layout.SMEM_LIMIT:
-        raise ValueError(
+        raise UnsupportedShapeError(
             f"block tables of {S} sequences x {P} blocks take {needed >> 10:,} KiB, and a TPU's scalar memory has room "
             f"for {layout.SMEM_LIMIT >> 10}: lower max_num_seqs or max_model_len, or raise block_size"
         )

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.attention import UnsupportedShapeError
+
 LANES = 128  # of a vector register
 VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
 VMEM_BUDGET = 24 << 20  # what the block sizes aim at: the rest is the compiler's own temporaries
@@ -60,10 +62,10 @@ def sublanes(dtype) -> int:
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype) -> jax.ShapeDtypeStruct:
-    """Raises ValueError where a block's rows do not fill tiles."""
+    """Raises UnsupportedShapeError where a block's rows do not fill tiles."""
     rows = sublanes(dtype)
     if block_size % rows:
-        raise ValueError(
+        raise UnsupportedShapeError(
             f"block_size must be a multiple of {rows} for a TPU's {jnp.dtype(dtype).name} cache, not {block_size}"
         )
     return jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, Layout(head_dim).row_lanes), dtype)

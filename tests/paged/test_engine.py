@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from paged import InvalidRequestError, QueueFullError, SamplingParams
+from paged import InvalidRequestError, QueueFullError, SamplingParams, startup
 from tests.paged.tiny import logits_of, make_engine, run, tokens, write_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -263,3 +263,25 @@ def test_a_full_queue_refuses(folder):
     assert error.value.retry_after > 0
     assert len(finish(engine)) == 3
     engine.close()
+
+
+@pytest.fixture
+def auto_is_hopper(monkeypatch):
+    """As if this machine had kernels, none of which compiles."""
+    monkeypatch.setattr("kernels_pallas.gpu.decode.num_sms", lambda: 132)
+    monkeypatch.setattr("kernels_pallas.gpu.prefill.num_sms", lambda: 132)
+    resolve = startup.attention_backend
+    monkeypatch.setattr(startup, "attention_backend", lambda name: "mosaic_gpu" if name == "auto" else resolve(name))
+
+
+def test_kernels_that_do_not_compile_are_replaced(tmp_path, auto_is_hopper, caplog):
+    prompt = prompts(9, 1)[0]
+    options = {"dtype": "bfloat16", "max_num_seqs": 1, "max_num_batched_tokens": 128}
+    wide = write_config(tmp_path, head_dim=64)
+    with caplog.at_level("WARNING"):
+        replaced = make_engine(wide, **options)
+    assert "plain XLA" in caplog.text and replaced.runner.model.compute.attention_backend == "reference"
+    assert len(tokens(run(replaced, {"a": (prompt, GREEDY)})["a"])) == 24
+    replaced.close()
+    with pytest.raises(Exception, match="."):  # noqa: B017  # whoever names a kernel gets the compiler's own error
+        make_engine(wide, attention_backend="mosaic_gpu", **options)

@@ -32,8 +32,8 @@ CONFIG = {
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128, "block_size": 8, "dtype": "float32"}
 
 
-def write_config(folder: Path) -> str:
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+def write_config(folder: Path, **fields) -> str:
+    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
     return str(folder)
 
 
