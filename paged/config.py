@@ -39,7 +39,7 @@ class ModelArgs:
 class CacheArgs:
     _argument_group_name: ClassVar[str] = "cache"
 
-    block_size: int = option(16, "tokens in one cache block")
+    block_size: int | None = option(None, "tokens in one cache block; none: 16, on a TPU 64")
     gpu_memory_utilization: float = option(0.92, "fraction of device memory to use, in (0, 1]; not for CPU")
     kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache; none: what is left (CPU: 2 GiB at most)")
     num_gpu_blocks_override: int | None = option(None, "exact number of cache blocks, instead of sizing the pool")
@@ -47,7 +47,7 @@ class CacheArgs:
     enable_prefix_caching: bool = option(True, "share cache blocks between requests with equal prefixes")
 
     def __post_init__(self) -> None:
-        require(self.block_size in (8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
+        require(self.block_size in (None, 8, 16, 32, 64, 128), "block_size", "must be 8, 16, 32, 64 or 128")
         require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"):
             value = getattr(self, name)

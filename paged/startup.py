@@ -31,14 +31,15 @@ class MachineDefaults(NamedTuple):
     growth: int  # from a bucket to the next
     variants: tuple[Variant, ...]
     chain: int  # decode steps in a call
+    block_size: int  # a TPU keeps block tables in scalar memory, so its blocks are larger
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
 # saves a dozen programs for a few percent of a step.
 DEFAULTS = {
-    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1),
-    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4),
-    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1),
+    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1, 16),
+    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4, 16),
+    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1, 64),
 }
 
 
@@ -129,10 +130,11 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
             param="max_num_batched_tokens",
         )
     kv_cache_dtype = config.cache.kv_cache_dtype
+    block_size = config.cache.block_size or defaults.block_size
     return RunnerShape(
         num_blocks=0,
-        block_size=config.cache.block_size,
-        blocks_per_seq=-(-max_model_len // config.cache.block_size),
+        block_size=block_size,
+        blocks_per_seq=-(-max_model_len // block_size),
         max_num_seqs=max_num_seqs,
         vocab_size=checkpoint.config.vocab_size,
         max_logprobs=scheduler.max_logprobs,
