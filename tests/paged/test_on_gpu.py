@@ -1,0 +1,51 @@
+"""The whole engine on the GPU's kernels, against the engine on reference attention, in bfloat16."""
+
+import json
+import random
+
+import pytest
+
+from paged import SamplingParams
+from tests.paged.tiny import CONFIG, make_engine, run, tokens
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = CONFIG | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+                  "head_dim": 64, "num_hidden_layers": 6, "vocab_size": 4096,
+                  "max_position_embeddings": 2048}  # fmt: skip
+OPTIONS = {"dtype": "bfloat16", "max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 1024,
+           "block_size": 16, "num_gpu_blocks_override": 900}  # fmt: skip
+CLOSE = 0.15  # of a logprob in bfloat16: a token this far from the best may be chosen instead
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2-shaped")
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return str(folder)
+
+
+def test_every_greedy_token_is_the_references_best(folder):
+    """Prompts in chunks, mixed steps, single decodes and chains of them; what they gave is scored as a prompt."""
+    kernels = make_engine(folder, attention_backend="mosaic_gpu", **OPTIONS)
+    rng = random.Random()
+    greedy = {
+        str(i): ([rng.randrange(4096) for _ in range(rng.randint(1, 700))], rng.randint(8, 90)) for i in range(20)
+    }
+    asked = {
+        name: (prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
+        for name, (prompt, length) in greedy.items()
+    }
+    answers = {name: tokens(deltas) for name, deltas in run(kernels, asked).items()}
+    kernels.close()
+    del kernels
+    reference = make_engine(folder, attention_backend="reference", **OPTIONS)
+    scored = {name: (asked[name][0] + answers[name], SamplingParams(max_tokens=1, prompt_logprobs=1)) for name in asked}
+    differences = []
+    for name, deltas in run(reference, scored).items():
+        [logprobs] = [d.prompt_logprobs for d in deltas if d.prompt_logprobs]
+        for position, token in enumerate(answers[name], start=len(asked[name][0])):
+            best = max(x.logprob for x in logprobs[position].values())
+            differences.append(best - logprobs[position][token].logprob)
+    reference.close()
+    assert max(differences) < CLOSE and sum(d > 0 for d in differences) < len(differences) / 10
