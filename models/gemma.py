@@ -8,13 +8,14 @@ What sets them apart from Llama: windows in most layers, norms before and after 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention
+from kernels_pallas import AttentionBatch, QKNorm, qkv_attention
+from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -25,9 +26,9 @@ from models.config_fields import (
     required,
     rope,
 )
-from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
+from models.layers import Compute, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
-from models.sharding import attend, unfuse
+from models.sharding import attend
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
@@ -65,17 +66,11 @@ class Attention(nn.Module):
         return Linear(c.hidden_size, self.compute, name="out")(out.reshape(-1, H * D)), cache
 
 
-class FeedForward(nn.Module):
-    """GeGLU (arXiv 2002.05202)."""
+class FeedForward(llama.FeedForward):
+    """GeGLU."""
 
-    config: ModelConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        F = self.config.intermediate_size
-        gate, up = unfuse(Linear(2 * F, self.compute, name="gate_up")(x), (F, F), self.compute.shards)
-        return Linear(self.config.hidden_size, self.compute, name="down")(nn.gelu(gate, approximate=True) * up)
+    def activation(self, gate: jax.Array) -> jax.Array:
+        return nn.gelu(gate, approximate=True)
 
 
 class DecoderLayer(nn.Module):
@@ -94,17 +89,15 @@ class DecoderLayer(nn.Module):
         return x + norms[3](y), cache
 
 
-class Gemma(nn.Module):
-    """The decoder. Used purely, as models.llama.Llama is: same arguments, same results."""
+class Gemma(llama.Llama):
+    """The decoder: Llama's around other layers, with scaled embeddings and two rotary bases."""
 
-    config: ModelConfig
-    compute: Compute
+    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
 
     def setup(self) -> None:
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
-        layer = nn.jit(DecoderLayer)
-        self.layers = [layer(c, window, self.compute) for window in c.sliding_windows]
+        self.layers = self.decoder_layers()
         self.norm = Norm(c.rms_norm_eps, self.compute.dtype)
 
     def __call__(
@@ -126,14 +119,6 @@ class Gemma(nn.Module):
         """[R, E] -> float32[R, V]."""
         logits, cap = self.embed.logits(hidden), self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-    def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
-        """One pytree of jax.ShapeDtypeStruct a layer."""
-        c = self.config
-        shape = cache_shape(
-            num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.compute.attention_backend
-        )
-        return (shape,) * c.num_layers
 
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, ragged_paged_attention
+from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
-from models.layers import Compute, Dtype, Embedding, LayerNorm, Linear
+from models.layers import Compute, Embedding, LayerNorm, Linear
 from models.parts import Part, Path, TensorSource
 from models.sharding import attend, unfuse
 
@@ -44,11 +45,8 @@ class DecoderLayer(nn.Module):
         return x + Linear(E, self.compute, use_bias=True, name="down")(y), cache
 
 
-class GPT2(nn.Module):
-    """The decoder. Used purely, as models.llama.Llama is: same arguments, same results."""
-
-    config: ModelConfig
-    compute: Compute
+class GPT2(llama.Llama):
+    """The decoder: Llama's around other layers, with positions that are embedded."""
 
     def setup(self) -> None:
         c = self.config
@@ -68,18 +66,6 @@ class GPT2(nn.Module):
             x, cache = layer(x, cache, batch)
             written.append(cache)
         return self.norm(x), tuple(written)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[R, E] -> float32[R, V]."""
-        return self.embed.logits(hidden)
-
-    def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
-        """One pytree of jax.ShapeDtypeStruct a layer."""
-        c = self.config
-        shape = cache_shape(
-            num_blocks, block_size, c.num_heads, c.head_dim, dtype, backend=self.compute.attention_backend
-        )
-        return (shape,) * c.num_layers
 
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:

@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A gated linear unit (arXiv 2002.05202): SwiGLU, or with another activation."""
 
     config: ModelConfig
     compute: Compute
@@ -56,7 +56,10 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         F = self.config.intermediate_size
         gate, up = unfuse(Linear(2 * F, self.compute, name="gate_up")(x), (F, F), self.compute.shards)
-        return Linear(self.config.hidden_size, self.compute, name="down")(nn.silu(gate) * up)
+        return Linear(self.config.hidden_size, self.compute, name="down")(self.activation(gate) * up)
+
+    def activation(self, gate: jax.Array) -> jax.Array:
+        return nn.silu(gate)
 
 
 class DecoderLayer(nn.Module):
@@ -72,8 +75,11 @@ class DecoderLayer(nn.Module):
             RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
         )
         x = x + y
-        y = FeedForward(c, self.compute, name="mlp")(RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x))
+        y = self.feed_forward(RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x), batch)
         return x + y, cache
+
+    def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
+        return FeedForward(self.config, self.compute, name="mlp")(x)
 
 
 class Llama(nn.Module):

@@ -12,30 +12,13 @@ from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, layer_windows, refuse_unless, required
 from models.expert_tensors import ExpertTensors
 from models.experts_config import ExpertsConfig
-from models.layers import Compute, RMSNorm
 from models.moe import SparseFeedForward
 from models.parts import Part, Path, TensorSource
 
 
-class SparseDecoderLayer(nn.Module):
-    config: ModelConfig
-    window: int | None
-    compute: Compute
-
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
-    ) -> tuple[jax.Array, llama.Cache]:
-        c = self.config
-        attention = llama.Attention(c, self.window, self.compute, name="attention")
-        y, cache = attention(
-            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
-        )
-        x = x + y
-        y = SparseFeedForward(c, self.compute, name="mlp")(
-            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x), batch
-        )
-        return x + y, cache
+class SparseDecoderLayer(llama.DecoderLayer):
+    def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
+        return SparseFeedForward(self.config, self.compute, name="mlp")(x, batch)
 
 
 class Mixtral(llama.Llama):
