@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -153,9 +153,13 @@ class Runner:
         return program.lower(_shapes(self.params), state, self._shape(packed))
 
     def compile_steps(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[tuple[StepShape, Variant], Any]:
-        steps = {f"{shape}-{variant}": partial(self.lower_step, shape, variant) for shape, variant in keys}
-        return dict(zip(keys, compile_all(steps, "step programs", self._store()).values(), strict=True))
+        programs = compile_all(self._lowerings(keys), "step programs", self._store)
+        return dict(zip(keys, programs.values(), strict=True))
 
+    def _lowerings(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        return {f"{shape}-{variant}": partial(self.lower_step, shape, variant) for shape, variant in keys}
+
+    @cached_property
     def _store(self) -> ProgramStore:
         mesh = self.model.compute.mesh
         devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
@@ -165,9 +169,11 @@ class Runner:
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
         state, s = self.state_shapes(), self.shape
-        self._steps = self.compile_steps([(shape, variant) for shape in s.steps for variant in s.variants_of(shape)])
+        keys = [(shape, variant) for shape in s.steps for variant in s.variants_of(shape)]
         chains = {f"{shape}-chain": partial(self._lower_chain, shape) for shape in s.chained}
-        self._chains = dict(zip(s.chained, compile_all(chains, "chains", self._store()).values(), strict=True))
+        programs = compile_all(self._lowerings(keys) | chains, "step programs", self._store)
+        self._steps = dict(zip(keys, programs.values(), strict=False))
+        self._chains = {shape: programs[f"{shape}-chain"] for shape in s.chained}
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
         slot = self._shape(())
@@ -178,7 +184,7 @@ class Runner:
             "admit_full": partial(admit_full, state.sampling, slot, row),
         }
         small |= {f"score-{T}": partial(self._lower_score, T) for T in s.prompt_sizes}
-        programs = compile_all(small, "small programs", self._store())
+        programs = compile_all(small, "small programs", self._store)
         self._admit, self._admit_full = programs["admit"], programs["admit_full"]
         self._score = {T: programs[f"score-{T}"] for T in s.prompt_sizes}
         self.reset_state()

@@ -31,18 +31,15 @@ def rotate_and_write(qkv, tables, norms, keys, values, block, offset, *, num_hea
     """
     T, rows, D = qkv.shape
 
-    def run(refs):
-        return plgpu.kernel(
-            partial(_rotate, H=num_heads, epsilon=epsilon, norm_offset=None if norms is None else norm_offset),
-            out_type=jax.ShapeDtypeStruct((T, num_heads, D), qkv.dtype),
-            grid=(T, pl.cdiv(rows, ROWS)),
-            grid_names=("token", "tile"),
-            kernel_name="rotate_and_write",
-            compiler_params=PARAMS,
-        )(qkv, *tables, *(norms or tables), block, offset, *refs)
-
     keys, values = jax.new_ref(keys), jax.new_ref(values)
-    q = run((keys, values))
+    q = plgpu.kernel(
+        partial(_rotate, H=num_heads, epsilon=epsilon, norm_offset=None if norms is None else norm_offset),
+        out_type=jax.ShapeDtypeStruct((T, num_heads, D), qkv.dtype),
+        grid=(T, pl.cdiv(rows, ROWS)),
+        grid_names=("token", "tile"),
+        kernel_name="rotate_and_write",
+        compiler_params=PARAMS,
+    )(qkv, *tables, *(norms or tables), block, offset, keys, values)
     return q, jax.freeze(keys), jax.freeze(values)
 
 
