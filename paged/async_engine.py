@@ -108,16 +108,14 @@ class AsyncEngine:
           RequestFailedError: a step failed.
         """
         if self._draining or not self._thread.is_alive():
-            raise EngineStoppedError(
-                "the engine is shutting down" if self._error is None else f"it died: {self._error}"
-            )
+            raise self._refusal()
         stream = Stream(asyncio.get_running_loop(), params.n)
         arrival = time.monotonic()
 
         def add() -> None:
             try:
                 if self._stopped:
-                    raise EngineStoppedError("the engine is shutting down")
+                    raise self._refusal()
                 self._engine.add_request(
                     request_id, prompt, params, priority=priority, cache_salt=cache_salt, arrival_time=arrival
                 )
@@ -128,7 +126,7 @@ class AsyncEngine:
 
         with self._closing:
             if self._closed:
-                raise EngineStoppedError("the engine is shutting down")
+                raise self._refusal()
             self._inbox.put(add)
         unfinished = params.n
         try:
@@ -141,10 +139,13 @@ class AsyncEngine:
             if unfinished:
                 self._inbox.put(lambda: self._abort(request_id, stream))
 
+    def _refusal(self) -> EngineStoppedError:
+        return EngineStoppedError("the engine is shutting down" if self._error is None else f"it died: {self._error}")
+
     def health(self) -> Health:
         busy_since, engine = self._busy_since, self._engine
         return Health(
-            alive=self._thread.is_alive(),
+            alive=self._error is None and self._thread.is_alive(),
             last_step_age=0.0 if busy_since is None else time.monotonic() - busy_since,
             num_running=engine.scheduler.num_running,
             num_waiting=engine.scheduler.num_waiting,

@@ -1,5 +1,6 @@
 """From token ids to text, a few tokens at a time: whole characters only, and never past a stop string."""
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -30,9 +31,7 @@ class IncrementalDetokenizer:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerFast", params: SamplingParams, prompt_token_ids: Sequence[int] = ()
     ):
-        self._stream = TextStream(
-            tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens, prompt_token_ids
-        )
+        self._stream = vocabulary_of(tokenizer).stream(params, prompt_token_ids)
         self._stops = [StopMatcher(stop) for stop in params.stop_strings]
         self._stop_beginnings = {stop.pattern[0] for stop in self._stops}
         self._include_stop = params.include_stop_str_in_output
@@ -103,11 +102,27 @@ class StopMatcher:
         return matched + (self.pattern[matched] == char)
 
 
-class TextStream:
-    """Decodes token by token in time linear in their number, holding back characters until they are whole.
+class ByteStream:
+    """Decodes token by token where tokens are strings of bytes (GPT-2's kind of vocabulary): as UTF-8, of which the
+    bytes of an unfinished character are held back and broken ones read as replacement characters."""
 
-    What a token reads as depends on its neighbours (the bytes of a character, a space at the start of a text), so
-    it is decoded together with the few before it, and their text is taken off the front. An unfinished character
+    def __init__(self, vocabulary: "Vocabulary", skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()):
+        self._bytes_of = vocabulary.bytes_of
+        self._skipped = vocabulary.special if skip_special_tokens else set()
+        self._decode = getincrementaldecoder("utf-8")("replace").decode
+        for token_id in prompt_token_ids[-MAX_UNFINISHED:]:  # the last may have begun a character
+            self.step(token_id)
+
+    def step(self, token_id: int) -> str:
+        """The text that is certain with this token and was not before."""
+        return "" if token_id in self._skipped else self._decode(self._bytes_of(token_id))
+
+
+class TextStream:
+    """Decodes token by token in time linear in their number, holding back characters until they are whole, where
+    what a token reads as depends on its neighbours (a space at the start of a text; tokens of one byte beside others).
+
+    A token is decoded together with the few before it, and their text is taken off the front. An unfinished character
     shows as a trailing replacement character; with MAX_UNFINISHED tokens pending, the first is no part of it.
     (tokenizers' own DecodeStream waits without such a bound, which is quadratic in a run of broken bytes or of
     skipped tokens, and raises when text before the bytes changes in the light of them.)
@@ -118,13 +133,13 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerFast",
+        vocabulary: "Vocabulary",
         skip_special_tokens: bool,
         spaces_between_special_tokens: bool,
         prompt_token_ids: Sequence[int] = (),
     ):
-        self._vocabulary = vocabulary = vocabulary_of(tokenizer)
-        self._skipped = vocabulary.special if skip_special_tokens else {}
+        self._vocabulary = vocabulary
+        self._skipped = vocabulary.special if skip_special_tokens else set()
         joined = not skip_special_tokens and not spaces_between_special_tokens
         self._joined = vocabulary.added if joined else {}  # no space between two of these
         self._after_joined = False
@@ -147,7 +162,7 @@ class TextStream:
         whole = text.rstrip(REPLACEMENT)
         delta = whole[self._num_sent :]
         if text and whole == text:
-            self._settle(() if self._vocabulary.context_free else self._pending)
+            self._settle(self._pending)
             self._pending, self._num_sent = (), 0
         elif not text and not self._vocabulary.has(token_id):
             self._pending = self._pending[:-1]
@@ -180,12 +195,28 @@ class Vocabulary:
     """What all streams of a tokenizer share."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         self._backend = tokenizer.backend_tokenizer
         self.added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # Bytes are all there is to a token of such a vocabulary: whole characters read the same in any company.
-        self.context_free = type(self._backend.decoder) is ByteLevel
         self._decode = lru_cache(maxsize=2**16)(partial(self._backend.decode, skip_special_tokens=False))
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+        self.bytes_of = lru_cache(maxsize=2**16)(self._bytes)
+
+    def stream(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> ByteStream | TextStream:
+        if type(self._backend.decoder) is ByteLevel:
+            return ByteStream(self, params.skip_special_tokens, prompt_token_ids)
+        spaced = params.spaces_between_special_tokens
+        return TextStream(self, params.skip_special_tokens, spaced, prompt_token_ids)
+
+    def _bytes(self, token_id: int) -> bytes:
+        """As a byte-level decoder has it: a token in which some character stands for no byte is text."""
+        token = self._backend.id_to_token(token_id) or ""
+        try:
+            return bytes(self._byte_of[char] for char in token)
+        except KeyError:
+            return token.encode()
 
     def decode(self, token_ids: Tokens) -> str:
         return self._decode(token_ids)

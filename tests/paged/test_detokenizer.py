@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 
 import pytest
 from hypothesis import example, given, settings
@@ -99,7 +98,7 @@ def smollm2() -> PreTrainedTokenizerFast:
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(text=unicode_text, chunk=st.integers(1, 4))
 @example(text="👩‍👩‍👧😀" * 10, chunk=1)
 @example(text="  two spaces  ", chunk=1)
@@ -115,13 +114,13 @@ def test_deltas_join_to_the_text_and_have_whole_characters_only(tokenizer, text,
 def test_a_real_vocabulary(smollm2, text, data):
     ids = encode(smollm2, text)
     deltas, _ = stream(smollm2, ids)
-    assert collapsed("".join(deltas)) == collapsed(decode(smollm2, ids))  # it lacks some bytes, and their characters
+    assert as_held_back("".join(deltas)) == as_held_back(decode(smollm2, ids))  # it lacks some bytes
     ids = data.draw(st.lists(st.integers(0, len(smollm2) - 1), max_size=60))
-    assert collapsed("".join(stream(smollm2, ids)[0])) == collapsed(decode(smollm2, ids))
+    assert as_held_back("".join(stream(smollm2, ids)[0])) == as_held_back(decode(smollm2, ids))
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(text=unicode_text, data=st.data())
 def test_a_cut_character_is_never_shown(tokenizer, text, data):
     ids = encode(tokenizer, text)
@@ -140,18 +139,31 @@ def test_a_replacement_character_can_be_meant(text):
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_random_tokens_read_as_the_tokenizer_reads_them(tokenizer, data, skip):
     ids = [i for i in range(len(tokenizer)) if not tokenizer.convert_ids_to_tokens(i).startswith("<0x")]
     ids = data.draw(st.lists(st.sampled_from(ids), max_size=40))
     streamed, whole = "".join(stream(tokenizer, ids, skip_special_tokens=skip)[0]), decode(tokenizer, ids, skip)
-    assert collapsed(streamed) == collapsed(whole)
+    assert as_held_back(streamed) == as_held_back(whole)
 
 
-def collapsed(text):
-    """Neither how many broken bytes there are in a row, nor that some are at the end, matters."""
-    return re.sub(f"{REPLACEMENT}+", REPLACEMENT, text.rstrip(REPLACEMENT))
+def as_held_back(text):
+    """What is broken at the end may be the beginning of a character."""
+    return text.rstrip(REPLACEMENT)
+
+
+BYTE_TOKENS = [i for i in range(400) if REPLACEMENT in decode(TOKENIZERS["byte_level"], [i])]
+
+
+@settings(deadline=None, max_examples=200)
+@given(ids=st.lists(st.sampled_from([*BYTE_TOKENS, 0, 400]), max_size=30), skip=st.booleans())
+@example(ids=[128, 358, 158, 96, 0], skip=False)
+def test_broken_characters_read_as_the_tokenizer_reads_them(ids, skip):
+    """A token can be the end of one character and the beginning of another."""
+    tokenizer = TOKENIZERS["byte_level"]
+    streamed = "".join(stream(tokenizer, ids, skip_special_tokens=skip)[0])
+    assert as_held_back(streamed) == as_held_back(decode(tokenizer, ids, skip))
 
 
 @settings(deadline=None)
@@ -234,7 +246,7 @@ def test_work_is_linear_in_the_number_of_tokens(tokenizer, kind, monkeypatch):
     monkeypatch.setattr(Vocabulary, "decode", lambda self, ids: decoded.append(len(ids)) or original(self, ids))
     deltas, _ = stream(tokenizer, ids)
     assert sum(decoded) <= 20 * len(ids)
-    assert max(decoded) <= 8
+    assert max(decoded, default=0) <= 8
     if kind == "broken bytes":
         assert "".join(deltas).count(REPLACEMENT) >= len(ids) - 4  # shown as they come, not kept for the end
 
@@ -277,7 +289,7 @@ def pieces_of(alphabet: str, length: int) -> PreTrainedTokenizerFast:
 PIECES = pieces_of("ab", 4)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(
     pieces=st.lists(st.text("ab", min_size=1, max_size=4), max_size=15),
     stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),

@@ -96,8 +96,15 @@ def test_a_step_that_hangs_makes_the_server_unhealthy(service, monkeypatch):
 
 def test_an_engine_that_dies_makes_the_server_unhealthy(service, monkeypatch):
     fail_at_step(service, monkeypatch, 1, KeyboardInterrupt("the thread's end"))
+    asked, close = threading.Event(), service.engine._engine.close
+    monkeypatch.setattr(service.engine._engine, "close", lambda: (asked.wait(60), close()))
     check_error(complete(service), 503, None, "engine_stopped")
-    health, again = ask(service, ("GET", "/health", None), ("POST", "/v1/completions", BODY))
-    error = check_error(health, 503, None, "engine_dead")
-    assert "the thread's end" in error["message"]
-    check_error(again, 503, None, "engine_stopped")
+    for thread_ended in (False, True):
+        health, again = ask(service, ("GET", "/health", None), ("POST", "/v1/completions", BODY))
+        error = check_error(health, 503, None, "engine_dead")
+        assert "the thread's end" in error["message"]
+        error = check_error(again, 503, None, "engine_stopped")
+        assert "the thread's end" in error["message"]
+        if not thread_ended:
+            asked.set()
+            service.engine._thread.join()
