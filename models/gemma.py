@@ -44,7 +44,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
-        H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
+        H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x).reshape(-1, H + 2 * K, D)
         norms = None
         if c.qk_norm:

@@ -35,6 +35,10 @@ class Compute:
         """Over how many devices a layer is split."""
         return 1 if self.mesh is None else self.mesh.shape["tensor"]
 
+    def kv_heads(self, config: ModelConfig) -> int:
+        """KV heads on all devices together, of which each has at least one: its own, or one that others have too."""
+        return max(config.num_kv_heads, self.shards)
+
 
 class Linear(nn.Module):
     """x [T, in] -> [T, out]. The kernel is [out, in], as checkpoints have it: fusing projections is concatenating.

@@ -30,7 +30,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
-        H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
+        H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
         norms = sinks = None
         if c.qk_norm:
@@ -132,10 +132,8 @@ class Llama(nn.Module):
 
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""
-        c = self.config
-        shape = cache_shape(
-            num_blocks, block_size, c.num_kv_heads, c.head_dim, dtype, backend=self.compute.attention_backend
-        )
+        c, heads = self.config, self.compute.kv_heads(self.config)
+        shape = cache_shape(num_blocks, block_size, heads, c.head_dim, dtype, backend=self.compute.attention_backend)
         return (shape,) * c.num_layers
 
 

@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention
+from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention, rms_norm
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless
-from models.layers import Compute, Linear, RMSNorm
+from models.layers import Compute, Linear, NormScale, RMSNorm
 from models.parts import Part, Path
 from models.sharding import attend, unfuse
 
@@ -26,11 +27,13 @@ class Attention(nn.Module):
         self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[jax.Array, llama.Cache]:
         c = self.config
-        H, K, D = c.num_heads, c.num_kv_heads, c.head_dim
+        H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x)
         q, k, v = unfuse(qkv, (H * D, K * D, K * D), self.compute.shards)
         q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q).reshape(-1, H, D)
-        k = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="k_norm")(k).reshape(-1, K, D)
+        k_scale = NormScale(c.num_kv_heads * D, self.compute.dtype, name="k_norm")().reshape(-1, D)
+        k_scale = jnp.repeat(k_scale, K // c.num_kv_heads, axis=0).reshape(-1)
+        k = rms_norm(k, k_scale, c.rms_norm_eps).reshape(-1, K, D)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out, cache = attend(
             ragged_paged_attention, self.compute.mesh, (q, k, v.reshape(-1, K, D)), (), cache, batch,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from models.config import ModelConfig
 from models.layers import Dtype
-from models.registry import Params, param_shapes, reorder
+from models.registry import Params, from_stored, stored_shapes
 
 MANIFEST = "paged_checkpoint.json"
 VERSION = 1  # of the directory's layout and of the trees of parameters; one more with each change to either
@@ -64,10 +64,10 @@ class OrbaxSource:
         ocp = _orbax()
         if shardings is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shardings = jax.tree.map(lambda s: s.sharding or here, param_shapes(model))
+            shardings = jax.tree.map(lambda s: s.sharding or here, stored_shapes(model))
         wanted = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, jnp.promote_types(dtype, s.dtype), sharding=sharding),
-            param_shapes(model),
+            stored_shapes(model),
             shardings,
         )
         restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
@@ -76,7 +76,7 @@ class OrbaxSource:
                 params = checkpointer.restore((self.directory / "params").absolute(), restore)
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             raise ValueError(f"the weights in {self.directory} cannot be read: convert again ({error})") from error
-        return jax.block_until_ready(reorder(params, model))
+        return jax.block_until_ready(from_stored(params, model))
 
 
 def is_orbax(directory: Path) -> bool:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from models.layers import Dtype
 from models.parts import Part, Path, TensorSource, aligned_empty
-from models.registry import Params, canonical_source, param_shapes, tensor_parts
-from models.sharding import Placement, in_device_order, place, placement
+from models.registry import Params, canonical_source, param_shapes, stored_shapes, tensor_parts, where_is
+from models.sharding import Placement, in_device_order, place
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
 
@@ -32,18 +32,18 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     Raises:
       ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
     """
-    shapes = flatten_dict(param_shapes(model)["params"])
+    shapes, stored = (flatten_dict(of(model)["params"]) for of in (param_shapes, stored_shapes))
     parts, source = tensor_parts(model.config), canonical_source(source, model.config)
     _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
 
     def assemble(path: Path) -> np.ndarray:
-        return _assemble(source, parts[path], shapes[path].shape, jnp.promote_types(dtype, shapes[path].dtype))
+        return _assemble(source, parts[path], stored[path].shape, jnp.promote_types(dtype, stored[path].dtype))
 
     leaves = {}
-    total = sum(math.prod(s.shape) for s in shapes.values()) * jnp.dtype(dtype).itemsize
+    total = sum(math.prod(s.shape) for s in stored.values()) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         for path, host in zip(shapes, _one_ahead(assemble, shapes), strict=True):
-            where = placement(path, host.shape, model.config)
+            where = where_is(path, shapes[path], model)
             leaves[path] = jax.block_until_ready(place(host, where, model.compute.mesh))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
@@ -59,7 +59,7 @@ def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:
             path[-1],
             shape.shape,
             jnp.promote_types(dtype, shape.dtype),
-            placement(path, shape.shape, model.config),
+            where_is(path, shape, model),
             model.compute.mesh,
         )
         for i, (path, shape) in enumerate(shapes.items())
@@ -69,7 +69,7 @@ def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _placed_random(key, name: str, shape, dtype: Dtype, where: Placement, mesh: Mesh | None) -> jax.Array:
-    leaf = _random(key, name, shape, dtype)
+    leaf = _random(key, name, where.stored(shape), dtype)
     if mesh is None:
         return leaf
     leaf = in_device_order(leaf, where, mesh.shape["tensor"])

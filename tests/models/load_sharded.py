@@ -1,4 +1,7 @@
-"""Fixtures on two devices, beside one: python -m tests.models.load_sharded FOLDER prints what differs, as JSON."""
+"""Fixtures on 2 and 4 devices, beside one: python -m tests.models.load_sharded FOLDER prints what differs, as JSON.
+
+They have 4 query heads and, but for gpt2, 2 KV heads: on 4 devices each KV head lies on two.
+"""
 
 import json
 import sys
@@ -12,7 +15,14 @@ from models import build_model, make_mesh, open_checkpoint
 from models.sharding import in_device_order, placement
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-NAMES = ("qwen2", "phi3", "gpt2", "mixtral")  # biases; fused in the checkpoint; transposed; experts
+NAMES = (
+    "qwen2",
+    "phi3",
+    "gpt2",
+    "mixtral",
+    "olmo2",
+)  # biases; fused in the checkpoint; transposed; experts; wide norms
+SIZES = (2, 4)
 
 
 def load(path: Path, devices: int) -> tuple:
@@ -23,32 +33,32 @@ def load(path: Path, devices: int) -> tuple:
     return checkpoint.config, flatten_dict(params["params"])
 
 
-def differences(path: Path, source: Path) -> list[str]:
-    """Of parameters at `path` on two devices from those at `source` on one; and what is not split as it should be."""
+def differences(path: Path, source: Path, devices: int) -> list[str]:
+    """Of parameters at `path` on so many devices from those at `source` on one; and what is not split as it should."""
     config, one = load(source, 1)
-    _, two = load(path, 2)
+    _, several = load(path, devices)
     wrong = []
-    for name, leaf in two.items():
-        where = placement(name, leaf.shape, config)
-        if not np.array_equal(leaf, in_device_order(one[name], where, 2)):
-            wrong.append(f"{path.name} {name}: values")
+    for name, leaf in several.items():
+        where = placement(name, leaf.shape, config, devices)
+        if not np.array_equal(leaf, in_device_order(one[name], where, devices)):
+            wrong.append(f"{path.name} on {devices}, {name}: values")
         shard = list(leaf.shape)
         if where.axis is not None:
-            shard[where.axis] //= 2
+            shard[where.axis] //= devices
         if any(list(s.data.shape) != shard for s in leaf.addressable_shards):
-            wrong.append(f"{path.name} {name}: split")
+            wrong.append(f"{path.name} on {devices}, {name}: split")
     return wrong
 
 
 def main(folder: Path) -> None:
     from models.orbax_checkpoint import write_checkpoint
 
-    wrong = [line for name in NAMES for line in differences(FIXTURES / name, FIXTURES / name)]
     checkpoint = open_checkpoint(str(FIXTURES / "qwen2"), skip_tokenizer=True)
     model = build_model(checkpoint.config, dtype="float32", attention_backend="reference")
     params = checkpoint.load_params(model, jnp.dtype("float32"), progress=False)
     write_checkpoint(folder / "orbax", checkpoint.config, params, generation_config={})
-    print(json.dumps(wrong + differences(folder / "orbax", FIXTURES / "qwen2")))
+    pairs = [(FIXTURES / name, FIXTURES / name) for name in NAMES] + [(folder / "orbax", FIXTURES / "qwen2")]
+    print(json.dumps([line for size in SIZES for pair in pairs for line in differences(*pair, size)]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES = {
     "llama": (WIDE | {"attention_bias": True}, [1, 4]),
     "llama, every size": (WIDE, [1, 2, 8]),
+    "few KV heads": (WIDE | {"num_key_value_heads": 2, "attention_bias": True}, [1, 2, 8]),
+    "four KV heads": (WIDE | {"num_key_value_heads": 4}, [1, 4, 8]),
+    "one KV head, norms over all": (
+        WIDE | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 1},
+        [1, 4],
+    ),
     "gemma": (
         WIDE
         | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "tie_word_embeddings": True}
@@ -30,7 +36,12 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in [*FAMILIES][1:])])
+DEFAULT = "few KV heads"  # than devices, and not
+
+
+@pytest.mark.parametrize(
+    "family", [DEFAULT, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != DEFAULT)]
+)
 def test_greedy_tokens_equal_one_device(family: str, tmp_path) -> None:
     config, sizes = FAMILIES[family]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -44,8 +55,16 @@ def test_greedy_tokens_equal_one_device(family: str, tmp_path) -> None:
         assert result["tokens"] == one["tokens"]
         assert result["compiles_after_start"] == 0
         assert result["cache_devices"] == size
-        assert result["cache_bytes"] == one["cache_bytes"] // size
-        assert one["weight_bytes"] / size <= result["weight_bytes"] < one["weight_bytes"] / size * 1.1
+        heads = config["num_key_value_heads"]
+        assert result["cache_bytes"] == one["cache_bytes"] // min(size, heads)
+        repeated = head_bytes(config) * (1 - heads / size) if size > heads else 0
+        assert 0 <= result["weight_bytes"] - repeated - one["weight_bytes"] / size < one["weight_bytes"] / size * 0.1
+
+
+def head_bytes(config: dict) -> int:
+    """Of the float32 weights that make one KV head's keys and values, in all layers."""
+    width = config["hidden_size"] // config["num_attention_heads"]
+    return config["num_hidden_layers"] * 2 * width * config["hidden_size"] * 4
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,10 @@ def test_a_model_that_does_not_fit_is_said_to(capsys) -> None:
     [
         (["--topology", "v9:2x2"], "is not of v5e, v5p, v6e"),
         (["--topology", "v5e:7x5"], "is not known to libtpu"),
-        (["--topology", "v5e:4x4"], "does not divide the model's KV heads of 8; what does: 2, 4, 8"),
+        (
+            ["--topology", "v5e:2x4", "--tensor-parallel-size", "6"],
+            "neither divides the model's KV heads of 8 nor is a multiple of them; what does: 2, 4",
+        ),
         (["--topology", "v5e:2x2", "--tensor-parallel-size", "8"], "needs as many devices, and there are 4"),
     ],
 )
