@@ -1,13 +1,15 @@
 # `make serve` and `make test` each work as the first command on a fresh clone.
 # On an NVIDIA GPU: make serve EXTRAS=server,cuda13. On a TPU: make serve EXTRAS=server,tpu.
 VENV := .venv
-EXTRAS ?= dev
+EXTRAS ?= server
 BIN := $(VENV)/bin
+# Without an extra for a device jax must not look for one: the tests' packages can compile for devices that are not there.
+PLATFORM := $(if $(findstring cuda,$(EXTRAS))$(findstring tpu,$(EXTRAS)),,JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu})
 
 .PHONY: serve test test-slow test-gpu check format clean
 
 serve: $(VENV)/installed-$(EXTRAS)
-	$(BIN)/python -m server $(ARGS)
+	$(PLATFORM) $(BIN)/python -m server $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,7 +1,8 @@
-"""Where libtpu is installed, to compile for TPUs without one, jax must not look for one."""
+"""Where libtpu and jax's CUDA plugin are installed to compile for machines that are not there, jax must not look for
+them. On a machine that has the tests' packages and a device, JAX_PLATFORMS names it."""
 
 import os
 from importlib.util import find_spec
 
-if find_spec("libtpu") and not find_spec("jax_cuda13_plugin"):
+if find_spec("libtpu"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

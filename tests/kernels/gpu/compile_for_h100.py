@@ -1,7 +1,9 @@
 """Compiles one attention kernel for an H100, on any machine: python -m tests.kernels.gpu.compile_for_h100 '{...}'"""
 
 import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,10 +12,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas import AttentionBatch, cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention, ragged_paged_attention
 
 
-def compile_step(H, K, D, N, *, T, S, P=33, dtype="bfloat16", sinks=False, decode_only=False, **options):
+def compile_step(
+    H, K, D, N, *, T, S, P=33, dtype="bfloat16", sinks=False, decode_only=False, fused=False, norms=False, **options
+):
+    """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys."""
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="", topology="1x1x1", target_config=target
@@ -27,21 +32,26 @@ def compile_step(H, K, D, N, *, T, S, P=33, dtype="bfloat16", sinks=False, decod
 
     batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
     cache = cache_shape(100, N, K, D, dtype, backend="mosaic_gpu")
-    q, k, v = (array((T, heads, D), dtype) for heads in (H, K, K))
+    sinks = array((H,), jnp.float32) if sinks else None
+    options |= {"scale": D**-0.5, "backend": "mosaic_gpu"}
+    if fused:
+        table = array((T, 1, D // 2), jnp.float32)
+        weights = QKNorm(*[array((D,), dtype)] * 2, epsilon=1e-6) if norms else None
+        inputs = array((T, H + 2 * K, D), dtype), (table, table), weights
+        function = partial(qkv_attention, num_heads=H, **options)
+    else:
+        inputs = tuple(array((T, heads, D), dtype) for heads in (H, K, K))
+        function = partial(ragged_paged_attention, **options)
 
-    def step(q, k, v, cache, batch, sinks):
-        return ragged_paged_attention(
-            q, k, v, cache, batch, sinks=sinks, scale=D**-0.5, backend="mosaic_gpu", **options
-        )  # fmt: skip
+    def step(inputs, cache, batch, sinks):
+        return function(*inputs, cache, batch, sinks=sinks)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=abstract)):
-        traced = jax.jit(step, in_shardings=replicated, donate_argnums=3).trace(
-            q, k, v, cache, batch, array((H,), jnp.float32) if sinks else None
-        )
+        traced = jax.jit(step, in_shardings=replicated, donate_argnums=1).trace(inputs, cache, batch, sinks)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 if __name__ == "__main__":
     compiled = compile_step(**json.loads(sys.argv[1]))
-    names = {n for n in ("decode_attention", "prefill_attention") if n in compiled.as_text()}
-    print(json.dumps({"kernels": sorted(names), "temporary": compiled.memory_analysis().temp_size_in_bytes}))
+    names = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
+    print(json.dumps({"kernels": sorted(set(names)), "temporary": compiled.memory_analysis().temp_size_in_bytes}))

@@ -13,11 +13,14 @@ pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="
 FEW = [
     {"H": 32, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True},
     {"H": 9, "K": 3, "D": 64, "N": 16, "T": 128, "S": 8},
+    {"H": 16, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True, "fused": True, "norms": True},
+    {"H": 4, "K": 1, "D": 256, "N": 32, "T": 128, "S": 8, "window": 512, "fused": True, "norms": True},
+    {"H": 64, "K": 8, "D": 64, "N": 64, "T": 128, "S": 8, "window": 128, "sinks": True, "soft_cap": 30.0},
 ]
 MANY = [
     {"H": 16 if G > 8 else 24, "K": (16 if G > 8 else 24) // G, "D": D, "N": N, "T": 200, "S": 7, **options}
     for G, D, N in [(1, 64, 16), (3, 64, 32), (4, 128, 64), (6, 128, 128), (8, 128, 16), (16, 128, 32), (2, 256, 16)]
-    for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"})
+    for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"}, {"fused": True})
 ]
 
 
@@ -26,7 +29,9 @@ def compiles(case):
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = ["decode_attention"] if case.get("decode_only") else ["decode_attention", "prefill_attention"]
+    expected = ["decode_attention", "decode_attention_merge"]
+    expected += [] if case.get("decode_only") else ["prefill_attention"]
+    expected += ["rotate_and_write"] if case.get("fused") else []
     assert json.loads(done.stdout.splitlines()[-1])["kernels"] == expected
 
 
