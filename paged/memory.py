@@ -42,14 +42,14 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
+def local_size(x: Any) -> int:
+    """Elements of an array, or of its shape, on one device."""
+    return math.prod(x.shape if x.sharding is None else x.sharding.shard_shape(x.shape))
+
+
 def tree_bytes(tree: Any) -> int:
     """Bytes on one device."""
-
-    def local(x: Any) -> int:
-        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * x.dtype.itemsize
-
-    return sum(map(local, jax.tree.leaves(tree)))
+    return sum(local_size(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def usable_memory(device: jax.Device, utilization: float) -> int | None:
@@ -105,8 +105,8 @@ def round_down(num_blocks: int) -> int:
 def activation_bytes(model: Any, params: Any, shape: RunnerShape, cache_dir: str | None = None) -> int:
     """Compiles the two largest steps over a small pool (the pool's size does not change their temporaries)."""
     probe = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS), cache_dir)
-    largest = shape.steps[len(shape.decode_sizes) - 1], shape.steps[-1]
-    analyses = [p.memory_analysis() for p in probe.compile_steps([(step, "full") for step in largest]).values()]
+    programs = probe.compile_steps([(step, "full") for step in shape.largest_steps])
+    analyses = [program.memory_analysis() for program in programs.values()]
     state = probe.state_shapes()
     return max(map(step_bytes, analyses)) + tree_bytes(state) - tree_bytes(state.caches)
 

@@ -41,7 +41,7 @@ class DeviceState(NamedTuple):
 
 class StepOutput(NamedTuple):
     sampled: SampleOutput  # rows in the order of plan.scheduled
-    hidden: jax.Array | None  # [T, E], of a "full" prompt step: what prompt logprobs are made from
+    hidden: jax.Array | None  # [largest T, E], of a "full" prompt step: what prompt logprobs are made from
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class RunnerShape:
     def steps(self) -> list[StepShape]:
         prompts = [StepShape(T, self.max_num_seqs, decode_only=False) for T in self.prompt_sizes]
         return [StepShape(S, S, decode_only=True) for S in self.decode_sizes] + prompts
+
+    @property
+    def largest_steps(self) -> list[StepShape]:
+        """The largest decode step and the largest prompt step: no other needs more memory."""
+        return [self.steps[len(self.decode_sizes) - 1], self.steps[-1]]
 
     def variants_of(self, step: StepShape) -> tuple[Variant, ...]:
         """Of a step's sampler. Beside a prompt's products its noise is nothing: greedy ones need none of their own."""
@@ -104,9 +109,9 @@ class Runner:
         self._cache_dir = cache_dir
         self._steps: dict[tuple[StepShape, Variant], Any] = {}
         self._chains: dict[StepShape, Any] = {}
-        self._score: dict[Any, Any] = {}
         self._admit: Any = None
         self._admit_full: Any = None
+        self._score: Any = None
         self.state: Any = None  # a DeviceState, once compiled
         mesh = model.compute.mesh
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -153,10 +158,10 @@ class Runner:
         return program.lower(_shapes(self.params), state, self._shape(packed))
 
     def compile_steps(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[tuple[StepShape, Variant], Any]:
-        programs = compile_all(self._lowerings(keys), "step programs", self._store)
+        programs = compile_all(self.step_programs(keys), "step programs", self._store)
         return dict(zip(keys, programs.values(), strict=True))
 
-    def _lowerings(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    def step_programs(self, keys: Sequence[tuple[StepShape, Variant]]) -> dict[str, Callable[[], jax.stages.Lowered]]:
         return {f"{shape}-{variant}": partial(self.lower_step, shape, variant) for shape, variant in keys}
 
     @cached_property
@@ -168,35 +173,35 @@ class Runner:
 
     def compile(self) -> None:
         """Compiles everything that serving will ever call."""
-        state, s = self.state_shapes(), self.shape
+        s = self.shape
         keys = [(shape, variant) for shape in s.steps for variant in s.variants_of(shape)]
         chains = {f"{shape}-chain": partial(self._lower_chain, shape) for shape in s.chained}
-        programs = compile_all(self._lowerings(keys) | chains, "step programs", self._store)
+        programs = compile_all(self.step_programs(keys) | chains, "step programs", self._store)
         self._steps = dict(zip(keys, programs.values(), strict=False))
         self._chains = {shape: programs[f"{shape}-chain"] for shape in s.chained}
+        self._admit, self._admit_full, self._score = compile_all(
+            self.small_programs(), "small programs", self._store
+        ).values()
+        self.reset_state()
+
+    def small_programs(self) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        """Those that are no steps, by name: two that admit a request, and one that computes prompt logprobs."""
+        state, s = self.state_shapes(), self.shape
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq))
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampler.full_row_shapes(s.vocab_size))
-        slot = self._shape(())
+        hidden = self._shape((s.prompt_sizes[-1], self.model.config.hidden_size), self.model.compute.dtype)
+        scoring = partial(score_program, self.model, s.max_logprobs)
         admit = jax.jit(admit_program, donate_argnums=(0, 1), out_shardings=self._everywhere).lower
         admit_full = jax.jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere).lower
-        small = {
+        score = jax.jit(scoring, out_shardings=self._everywhere).lower
+        return {
             "admit": partial(admit, state.block_tables, state.sampling, packed),
-            "admit_full": partial(admit_full, state.sampling, slot, row),
+            "admit_full": partial(admit_full, state.sampling, self._shape(()), row),
+            "score": partial(score, _shapes(self.params), hidden, self._shape((2, SCORE_ROWS))),
         }
-        small |= {f"score-{T}": partial(self._lower_score, T) for T in s.prompt_sizes}
-        programs = compile_all(small, "small programs", self._store)
-        self._admit, self._admit_full = programs["admit"], programs["admit_full"]
-        self._score = {T: programs[f"score-{T}"] for T in s.prompt_sizes}
-        self.reset_state()
 
     def memory_analysis(self) -> dict[tuple[StepShape, Variant], Any]:
         return {key: program.memory_analysis() for key, program in self._steps.items()}
-
-    def _lower_score(self, T: int) -> jax.stages.Lowered:
-        hidden = self._shape((T, self.model.config.hidden_size), self.model.compute.dtype)
-        score = partial(score_program, self.model, self.shape.max_logprobs)
-        program = jax.jit(score, out_shardings=self._everywhere)
-        return program.lower(_shapes(self.params), hidden, self._shape((2, SCORE_ROWS)))
 
     # ---- serving --------------------------------------------------------------------------------------------
 
@@ -271,7 +276,6 @@ class Runner:
 
     def _score_prompts(self, plan: StepPlan, hidden: jax.Array) -> Iterator[tuple[Request, range, SampleOutput]]:
         """Logprobs of the prompt tokens that follow this step's, for the requests that ask for them."""
-        score = self._score[hidden.shape[0]]
         row = len(plan.decodes)
         for chunk in plan.prefills:
             request, first = chunk.request, chunk.start + 1
@@ -282,7 +286,8 @@ class Runner:
                     rows = np.zeros((2, SCORE_ROWS), np.int32)
                     rows[0, :count] = np.arange(count) + row + start - first
                     rows[1, :count] = request.prompt_token_ids[start : start + count]
-                    yield request, range(start, start + count), score(self.params, hidden, self._send(rows))
+                    scored = self._score(self.params, hidden, self._send(rows))
+                    yield request, range(start, start + count), scored
             row += chunk.num_tokens
 
 
@@ -315,9 +320,10 @@ def step_program(
     sampling = state.sampling
     if variant == "full":
         sampling = sampler.count_tokens(sampling, inputs.slots, sampled.tokens, samples)
-    keeps_hidden = variant == "full" and not shape.decode_only
     state = DeviceState(caches, block_tables, last_tokens, sampling)
-    return state, StepOutput(sampled, hidden if keeps_hidden else None)
+    if variant != "full" or shape.decode_only:
+        return state, StepOutput(sampled, None)
+    return state, StepOutput(sampled, jnp.pad(hidden, ((0, sizes.prompt_sizes[-1] - shape.T), (0, 0))))
 
 
 def chain_program(
@@ -341,7 +347,7 @@ def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Arra
 
 
 def score_program(model: nn.Module, max_logprobs: int, params, hidden: jax.Array, rows: jax.Array) -> SampleOutput:
-    """hidden [T, E]; rows int32[2, R]: row of hidden, and the token that follows it."""
+    """hidden [largest T, E]; rows int32[2, R]: row of hidden, and the token that follows it."""
     logits = model.apply(params, hidden[rows[0]], method="logits")
     return sampler.prompt_logprobs(logits, rows[1], max_logprobs)
 

@@ -61,8 +61,9 @@ class Bench:
         except (ValueError, OSError) as e:
             raise InvalidRequestError(f"the engine could not be loaded: {e}") from e
         self.start_seconds = time.perf_counter() - begin
-        shape, model_config = self.engine.runner.shape, self.engine.checkpoint.config
-        self.cost = Cost.of(model_config, self.engine.runner.params, jnp.dtype(shape.cache_dtype).itemsize)
+        runner, model_config = self.engine.runner, self.engine.checkpoint.config
+        shape, shards = runner.shape, runner.model.compute.shards
+        self.cost = Cost.of(model_config, runner.params, jnp.dtype(shape.cache_dtype).itemsize, shards)
         self.max_num_seqs, self.tokens_a_step = shape.max_num_seqs, shape.prompt_sizes[-1]
         self.capacity = self.engine.scheduler.capacity
         self.max_token_id = min(10_000, model_config.vocab_size - 1)
@@ -78,6 +79,7 @@ class Bench:
             "dtype": jnp.dtype(compute_dtype(config.model.dtype)).name,
             "kv_cache_dtype": jnp.dtype(shape.cache_dtype).name,
             "attention_backend": config.runner.attention_backend,
+            "tensor_parallel_size": config.runner.tensor_parallel_size,
             "block_size": shape.block_size,
             "num_blocks": shape.num_blocks,
             "max_num_seqs": self.max_num_seqs,

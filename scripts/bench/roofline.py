@@ -1,6 +1,7 @@
 """The least time that a step can take: its bytes over the measured bandwidth, its operations over the measured peak,
 whichever is more (Williams et al., 2009). What a step must move is every weight once and the cache of every sequence in
-it; what it must compute is two operations a weight and token, and attention."""
+it; what it must compute is two operations a weight and token, and attention. Where several devices share each layer,
+all is of one of them, and what they say to each other takes no time."""
 
 import heapq
 import time
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import ModelConfig
-from paged.memory import tree_bytes
+from paged.memory import local_size, tree_bytes
 from scripts.bench.workload import Item
 
 LONG_ENOUGH = 0.02  # seconds that a measurement of a ceiling lasts at least
@@ -33,9 +34,10 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the model costs, from its configuration and the weights as they are in memory.
+    """What the model costs one device, from its configuration and the weights as they are in memory.
 
     Attributes:
+      shards: devices that share each layer.
       weight_bytes, weights: bytes and number of the weights that every step reads (an untied input embedding is
         not among them: a step gathers a few rows of it).
       head_weights: those of them that only tokens with logits pass through.
@@ -47,19 +49,23 @@ class Cost:
     weights: int
     head_weights: int
     kv_bytes: int
+    shards: int = 1
 
     @classmethod
-    def of(cls, config: ModelConfig, params: Any, cache_itemsize: int) -> "Cost":
+    def of(cls, config: ModelConfig, params: Any, cache_itemsize: int, shards: int = 1) -> "Cost":
+        """params: arrays or their shapes, with their places on the devices."""
         leaves = jax.tree.leaves(params)
-        embedding = config.vocab_size * config.hidden_size
+        embedding = config.vocab_size * config.hidden_size // shards
+        kv_heads = max(1, config.num_kv_heads // shards)
         gathered = 0 if config.tie_word_embeddings else embedding
         itemsize = max(leaves, key=lambda x: x.size).dtype.itemsize
         return cls(
             config,
             weight_bytes=tree_bytes(params) - gathered * itemsize,
-            weights=sum(x.size for x in leaves) - gathered,
+            weights=sum(map(local_size, leaves)) - gathered,
             head_weights=embedding,
-            kv_bytes=(2 if config.latent is None else 1) * config.num_kv_heads * config.head_dim * cache_itemsize,
+            kv_bytes=(2 if config.latent is None else 1) * kv_heads * config.head_dim * cache_itemsize,
+            shards=shards,
         )
 
     def cached_tokens_read(self, context: np.ndarray | Sequence[int]) -> int:
@@ -71,18 +77,22 @@ class Cost:
     def decode(self, context: np.ndarray | Sequence[int]) -> tuple[int, int]:
         """Bytes and operations of a step that adds a token to each sequence of these lengths."""
         read = self.cached_tokens_read(context)
-        attention = 4 * self.config.num_heads * self.config.head_dim * read
-        return self.weight_bytes + read * self.kv_bytes, 2 * self.weights * len(context) + attention
+        operations = 2 * self.weights * len(context) + self.attention_flops(read)
+        return self.weight_bytes + read * self.kv_bytes, operations
+
+    def attention_flops(self, pairs: int) -> int:
+        """Of so many pairs of a token and one that it attends to, summed over layers: a product for the score, one for
+        the value, in each query head of the device."""
+        return 4 * (self.config.num_heads // self.shards) * self.config.head_dim * pairs
 
     def prefill(self, lengths: Sequence[int], tokens_a_step: int) -> tuple[int, int]:
         """Bytes and operations of computing prompts of these lengths in steps of so many tokens."""
         tokens = sum(lengths)
         steps = -(-tokens // tokens_a_step)
         pairs = sum(self.cached_tokens_read(np.arange(1, n + 1)) for n in lengths)
-        attention = 4 * self.config.num_heads * self.config.head_dim * pairs
         body = 2 * (self.weights - self.head_weights) * tokens
         head = 2 * self.head_weights * len(lengths)
-        return steps * self.weight_bytes, body + head + attention
+        return steps * self.weight_bytes, body + head + self.attention_flops(pairs)
 
 
 def ideal_seconds(

@@ -1,7 +1,9 @@
 """python -m scripts.tpu_check MODEL --topology v5e:2x2: will a model run on these TPUs, and how fast at best?"""
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -57,7 +59,7 @@ def run(check: CheckArgs, cache: CacheArgs, scheduler: SchedulerArgs) -> int:
     runner, per_block = make_runner(check, cache, scheduler, devices)
     shapes = runner.shape.steps
     if check.largest_only:
-        shapes = [shapes[len(runner.shape.decode_sizes) - 1], shapes[-1]]
+        shapes = runner.shape.largest_steps
     about = {"model": check.model, "topology": check.topology, "options": asdict(cache) | asdict(scheduler)}
     about["tensor_parallel_size"] = runner.model.compute.shards
     weights = tree_bytes(runner.params)
@@ -67,13 +69,16 @@ def run(check: CheckArgs, cache: CacheArgs, scheduler: SchedulerArgs) -> int:
         Report("tpu_check", about).add({"memory": "FAIL"}, {"memory": {"weights": weights, "error": error}})
         return 1
     runner = Runner(runner.model, runner.params, replace(runner.shape, num_blocks=num_blocks))
-    programs, failed = compile_programs(runner, shapes, chip, about)
+    keys = [(shape, variant) for shape in shapes for variant in runner.shape.variants_of(shape)]
+    lowerings = runner.step_programs(keys) | ({} if check.largest_only else runner.small_programs())
+    programs, failed = compile_programs(runner, lowerings, chip, about)
     if programs:
         report_memory(runner, programs, chip, weights, about)
-        if check.estimate:
-            note("compiling with a greedy sampler, for the estimates")
-            greedy = [Program.compile(runner, program.shape, "greedy") for program in programs]
-            Estimates(runner, chip, greedy).report(check.batch, check.context, check.max_model_len, about)
+    if check.estimate and not failed:
+        note("compiling with a greedy sampler, for the estimates")
+        mesh = runner.model.compute.mesh
+        greedy = {shape: Program.compile(partial(runner.lower_step, shape, "greedy"), mesh) for shape in shapes}
+        Estimates(runner, chip, greedy).report(check.batch, check.context, check.max_model_len, about)
     return 1 if failed else 0
 
 
@@ -116,38 +121,36 @@ def fit(runner: Runner, cache: CacheArgs, chip: Chip, per_block: int, weights: i
     return num_blocks, None
 
 
-def compile_programs(runner: Runner, shapes, chip: Chip, about: dict[str, Any]) -> tuple[list[Program], int]:
+def compile_programs(
+    runner: Runner, lowerings: Mapping[str, Callable[[], jax.stages.Lowered]], chip: Chip, about: dict[str, Any]
+) -> tuple[list[Program], int]:
     """Those that compile, and how many do not."""
     report, programs, failed = Report("tpu_check", about), [], 0
-    for shape in shapes:
-        for variant in runner.shape.variants_of(shape):
-            name = f"{'decode' if shape.decode_only else 'prompt'} {shape.T}"
-            try:
-                program = Program.compile(runner, shape, variant)
-            except jax.errors.JaxRuntimeError as e:
-                failed += 1
-                report.add(_row(name, "FAIL"), {"program": name, "variant": variant, "error": str(e)})
-                note(str(e))
-                continue
-            programs.append(program)
-            copies = hidden_copies(program.text, (runner.params, runner.state_shapes().caches))
-            seconds = max(program.bytes / chip.bandwidth, program.flops / chip.flops)
-            row = _row(
-                name,
-                "ok",
-                f"{program.lower_seconds:.1f}",
-                f"{program.compile_seconds:.1f}",
-                f"{program.temporary / 2**20:,.0f}",
-                f"{program.vmem / 2**20:.0f} of {chip.vmem_bytes / 2**20:.0f}",
-                f"{program.bytes / 1e9:.2f}",
-                f"{program.flops / 1e12:.3f}",
-                f"{seconds * 1e3:.2f}",
-                str(len(copies)),
-            )
-            figures = {k: v for k, v in vars(program).items() if k not in ("text", "shape")} | {"copies": copies}
-            report.add(
-                row, {"program": name, "T": shape.T, "S": shape.S, "ms_without_attention": seconds * 1e3} | figures
-            )
+    for name, lower in lowerings.items():
+        try:
+            program = Program.compile(lower, runner.model.compute.mesh)
+        except jax.errors.JaxRuntimeError as e:
+            failed += 1
+            report.add(_row(name, "FAIL"), {"program": name, "error": str(e)})
+            note(str(e))
+            continue
+        programs.append(program)
+        copies = hidden_copies(program.text, (runner.params, runner.state_shapes().caches))
+        seconds = max(program.bytes / chip.bandwidth, program.flops / chip.flops)
+        row = _row(
+            name,
+            "ok",
+            f"{program.lower_seconds:.1f}",
+            f"{program.compile_seconds:.1f}",
+            f"{program.temporary / 2**20:,.0f}",
+            f"{program.vmem / 2**20:.0f} of {chip.vmem_bytes / 2**20:.0f}",
+            f"{program.bytes / 1e9:.2f}",
+            f"{program.flops / 1e12:.3f}",
+            f"{seconds * 1e3:.2f}",
+            str(len(copies)),
+        )
+        figures = {k: v for k, v in vars(program).items() if k != "text"} | {"copies": copies}
+        report.add(row, {"program": name, "ms_without_attention": seconds * 1e3} | figures)
     report.print_table()
     return programs, failed
 

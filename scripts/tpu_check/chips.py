@@ -52,6 +52,7 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[jax.Device]]:
             "topology",
         ) from None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the metadata server of a Cloud TPU machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is touched, so several may compile at once
     from jax.experimental import topologies
 
     host = {"chips_per_host_bounds": (1, 1, 1)} if set(layout.split("x")) == {"1"} else {}  # else the usual hosts

@@ -1,6 +1,6 @@
-"""How fast compiled steps can be: the compiler's count of bytes and operations over the chip's peaks, attention by the
-lengths of the sequences. The sampler is the greedy one: what another adds depends on the requests. What chips say to
-each other is not in it, and no chip reaches its peaks."""
+"""How fast compiled steps can be: the bytes and operations of the compiled program over the chip's peaks, attention by
+the lengths of the sequences. The sampler is the greedy one: what another adds depends on the requests. What chips say
+to each other is not in it, and no chip reaches its peaks."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from models import ModelConfig
 from paged.memory import tree_bytes
-from paged.packing import at_least
+from paged.packing import StepShape, at_least
 from paged.runner import Runner
 from scripts.bench.report import Report
 from scripts.bench.roofline import Ceilings, Cost
@@ -17,28 +17,29 @@ from scripts.tpu_check.program import Program
 
 
 class Estimates:
-    def __init__(self, runner: Runner, chip: Chip, programs: list[Program]):
-        self.shards, self.programs = runner.model.compute.shards, programs
+    """programs: step programs with a greedy sampler, by shape."""
+
+    def __init__(self, runner: Runner, chip: Chip, programs: dict[StepShape, Program]):
+        self.programs = programs
         self.config: ModelConfig = runner.model.config
         shape = runner.shape
         self.capacity = (shape.num_blocks - 1) * shape.block_size
         self.kv_bytes = tree_bytes(runner.state_shapes().caches) / (shape.num_blocks * shape.block_size)
         self.ceilings = Ceilings(chip.bandwidth, chip.flops)
-        self.cost = Cost.of(self.config, runner.params, np.dtype(shape.cache_dtype).itemsize)
-        embed = runner.params["params"]["embed"]
-        self.weight_bytes = tree_bytes(runner.params) - (0 if self.config.tie_word_embeddings else tree_bytes(embed))
+        itemsize, shards = np.dtype(shape.cache_dtype).itemsize, runner.model.compute.shards
+        self.cost = Cost.of(self.config, runner.params, itemsize, shards)
 
     def report(self, batches, contexts, max_model_len: int, about: dict[str, Any]) -> None:
         report = Report("tpu_check", about)
-        decodes = {p.shape.S: p for p in self.programs if p.shape.decode_only}
+        decodes = {shape.S: program for shape, program in self.programs.items() if shape.decode_only}
         for context in contexts:
             for batch in batches:
                 if decodes and batch <= max(decodes) and context <= max_model_len and batch * context <= self.capacity:
                     program = decodes[at_least(tuple(sorted(decodes)), batch)]
                     self._add(report, f"decode {batch} x {context:,}", program, [context] * batch, batch)
-        for program in self.programs:
-            if not program.shape.decode_only:
-                T = program.shape.T
+        for shape, program in self.programs.items():
+            if not shape.decode_only:
+                T = shape.T
                 full, rest = divmod(T, min(T, max_model_len))
                 lengths = [min(T, max_model_len)] * full + [rest] * (rest > 0)
                 contexts_of_tokens = np.concatenate([np.arange(1, n + 1) for n in lengths])
@@ -49,13 +50,13 @@ class Estimates:
         """contexts: for each token of the step, how many it attends to; read: cached tokens that are fetched."""
         attended = self.cost.cached_tokens_read(contexts)
         fetched = (attended / self.config.num_layers if read is None else read) * self.kv_bytes
-        attention = 4 * self.config.num_heads * self.config.head_dim * attended / self.shards
+        attention = self.cost.attention_flops(attended)
         moved, operations = program.bytes + fetched, program.flops + attention
         seconds = self.ceilings.seconds(moved, operations)
-        weights, used = self.weight_bytes, tokens * 2 * self.cost.weights / self.shards
+        used = 2 * tokens * self.cost.weights
         if read is not None:  # a prompt step has logits for the last token of each sequence alone
-            used = 2 * (tokens * (self.cost.weights - self.cost.head_weights)) / self.shards
-        floor = self.ceilings.seconds(weights + fetched, used + attention)
+            used = 2 * tokens * (self.cost.weights - self.cost.head_weights)
+        floor = self.ceilings.seconds(self.cost.weight_bytes + fetched, used + attention)
         report.add(
             {
                 "step": name,

@@ -1,17 +1,14 @@
-"""One step program, compiled for chips that are not there, and what the compiler says about it."""
+"""One program, compiled for chips that are not there, and what the compiler says about it."""
 
-import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from paged.packing import StepShape
-from paged.runner import Runner
-from paged.sampler import Variant
+from scripts.tpu_check.traffic import Module
 
 INSTRUCTION = re.compile(r"%([\w.-]+) = \w+\[([\d,]+)\](\S*) ([a-z][\w-]*)\(")
 VMEM_IN_USE = re.compile(r'"memory_space":"1","offset":"0","size":"(\d+)"')
@@ -26,12 +23,10 @@ class Program:
       lower_seconds, compile_seconds: to trace it in Python; to compile it.
       temporary: bytes beside the arguments and what is donated.
       vmem: bytes of vector memory in use at the fullest point.
-      bytes, flops: of a run by XLA's cost analysis, attention kernels left out: they depend on the lengths. Where the
-        sampler has two branches, the costlier is in it.
+      bytes: that a run moves to and from HBM, attention kernels left out: they depend on the lengths.
+      flops: of a run by XLA's cost analysis, without attention, with the costlier one of a sampler's two branches.
     """
 
-    shape: StepShape
-    variant: Variant
     lower_seconds: float
     compile_seconds: float
     temporary: int
@@ -41,40 +36,33 @@ class Program:
     text: str
 
     @classmethod
-    def compile(cls, runner: Runner, shape: StepShape, variant: Variant) -> "Program":
+    def compile(cls, lower: Callable[[], jax.stages.Lowered], mesh: jax.sharding.Mesh) -> "Program":
         """Raises jax.errors.JaxRuntimeError, with the compiler's words, if it does not compile."""
         begin = time.perf_counter()
-        with jax.sharding.use_abstract_mesh(runner.model.compute.mesh.abstract_mesh):  # says which TPU it is for
-            lowered = runner.lower_step(shape, variant)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # says which TPU it is for
+            lowered = lower()
         middle = time.perf_counter()
         compiled = lowered.compile()
         end = time.perf_counter()
         text: str = compiled.as_text() or ""
         cost: Any = compiled.cost_analysis()
         memory: Any = compiled.memory_analysis()
-        declared = attention_costs(text)
+        attention = sum(attention_flops(text))
         return cls(
-            shape,
-            variant,
             middle - begin,
             end - middle,
             temporary=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
             vmem=max(map(int, VMEM_IN_USE.findall(text)), default=0),
-            bytes=cost["bytes accessed"] - sum(c["bytes_accessed"] for c in declared),
-            flops=cost["flops"] - sum(c["flops"] for c in declared),
+            bytes=Module(text).hbm_bytes,
+            flops=cost["flops"] - attention,
             text=text,
         )
 
 
-def attention_costs(text: str) -> list[dict[str, int]]:
+def attention_flops(text: str) -> list[int]:
     """What each attention kernel in a compiled module declares, over full block tables."""
-    costs = []
-    for line in text.splitlines():
-        if re.match(r"\s*(ROOT )?%attend\w*[.\d]* = ", line) and (
-            found := re.search(r'"cost_estimate":({[^}]*})', line)
-        ):
-            costs.append({name: int(value) for name, value in json.loads(found[1]).items()})
-    return costs
+    lines = [line for line in text.splitlines() if re.match(r"\s*(ROOT )?%attend\w*[.\d]* = ", line)]
+    return [int(flops) for line in lines for flops in re.findall(r'"cost_estimate":{"flops":"(\d+)"', line)]
 
 
 def hidden_copies(text: str, tree: Any) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,6 +93,24 @@ def test_the_committed_configurations_have_the_published_number_of_weights(
     cost = Cost.of(config(name), param_shapes(model), cache_itemsize=2)
     assert cost.weights == total - embedding
     assert cost.weight_bytes == 2 * cost.weights
+
+
+@pytest.mark.parametrize(("shards", "kv_heads"), [(2, 4), (8, 1), (16, 1)])
+def test_a_device_has_its_share_of_the_model(shards: int, kv_heads: int) -> None:
+    """Of Llama-3.1-8B, over devices that are only named; where two have the same KV head, it counts in both."""
+    c = config("llama-3.1-8b")
+    mesh: Any = jax.sharding.AbstractMesh((1, shards), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
+    model = build_model(c, dtype=jnp.bfloat16, attention_backend="reference", mesh=mesh)
+    cost = Cost.of(c, param_shapes(model), cache_itemsize=2, shards=shards)
+    norms, vocabulary, rest = 65 * 4096, 128_256 * 4096, 8_030_261_248 - 65 * 4096 - 2 * 128_256 * 4096
+    repeated = 32 * 2 * 128 * 4096 * (kv_heads - 8 / shards)
+    assert cost.weights == norms + (vocabulary + rest) / shards + repeated
+    assert cost.weight_bytes == 2 * cost.weights
+    assert cost.head_weights == vocabulary / shards
+    assert cost.kv_bytes == 2 * kv_heads * 128 * 2
+    bytes_moved, operations = cost.decode([1000])
+    assert bytes_moved == cost.weight_bytes + 32 * 1000 * cost.kv_bytes
+    assert operations == 2 * cost.weights + 4 * (32 // shards) * 128 * 32 * 1000
 
 
 def one_layer(**changes: Any) -> Cost:
