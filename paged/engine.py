@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+import numpy as np
+
 from paged.compiler import CompileCounter
 from paged.config import EngineConfig
 from paged.errors import InvalidRequestError
-from paged.output_processor import OutputProcessor, metrics_of, to_host
-from paged.outputs import CompletionDelta
+from paged.output_processor import OutputProcessor
+from paged.outputs import CompletionDelta, FinishReason, RequestMetrics, StepOutput, TokenDelta, TokenScores
 from paged.plan import StepPlan
-from paged.request import Request
+from paged.request import Request, RequestStatus
 from paged.runner import PackedStep, StepHandle
 from paged.sampling_params import SamplingParams
-from paged.startup import build
+from paged.startup import Parts, build
 from paged.stats import FinishedRequestStats, StatsListener, StepStats
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ class Group:
 
     completions: list[Request]
     unfinished: int
+    prompt_scores: list[TokenScores | None] | None  # those known so far, if they were asked for
 
 
 class Engine:
@@ -36,10 +40,15 @@ class Engine:
 
     A step is scheduled and dispatched before the previous one's tokens are read, so the device always has work
     queued; a request that stops on a token's value has by then one more token under way, which is thrown away.
+
+    Whoever makes text elsewhere gives tags to its requests and calls step_outputs(); others call step().
+
+    Args:
+      parts: what to run on, instead of what `build(config)` loads and compiles.
     """
 
-    def __init__(self, config: EngineConfig, listeners: Sequence[StatsListener] = ()):
-        parts = build(config)
+    def __init__(self, config: EngineConfig, listeners: Sequence[StatsListener] = (), parts: Parts | None = None):
+        parts = parts or build(config)
         self.config, self.listeners = config, list(listeners)
         self.checkpoint, self.runner, self.scheduler = parts.checkpoint, parts.runner, parts.scheduler
         self.max_model_len, self.ledger, self.seeds = (
@@ -52,7 +61,7 @@ class Engine:
         self.eos_token_ids = frozenset(token for token in eos if token is not None)
         self.compiles = CompileCounter()
         self._groups: dict[str, Group] = {}
-        self._processors: dict[str, OutputProcessor] = {}  # by internal request id
+        self._group_of: dict[Request, str] = {}  # of every completion that has not ended
         self._inflight: list[StepHandle] = []
         self._stats = StepStats()
 
@@ -67,8 +76,12 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        tags: Sequence[Any] | None = None,
     ) -> None:
         """Queues a request.
+
+        Args:
+          tags: what step_outputs() calls its n completions; none: their text is made here, by step().
 
         Raises:
           InvalidRequestError: the prompt is empty, too long, or holds ids outside the vocabulary; a parameter does
@@ -80,9 +93,13 @@ class Engine:
             request_id, prompt_token_ids, params, priority, cache_salt, arrival_time or time.monotonic()
         )
         self.scheduler.add(requests[0])
-        self._groups[request_id] = Group(requests, len(requests))
-        for request in requests:
-            self._processors[request.request_id] = OutputProcessor(request, request_id, self.tokenizer)
+        prompt_scores: list[TokenScores | None] | None = None if params.prompt_logprobs is None else [None]
+        self._groups[request_id] = Group(requests, len(requests), prompt_scores)
+        for i, request in enumerate(requests):
+            self._group_of[request] = request_id
+            request.tag = (
+                OutputProcessor(request_id, i, params, self.tokenizer, prompt_token_ids) if tags is None else tags[i]
+            )
 
     def validate(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> SamplingParams:
         """Checks a request against the model; returns its parameters with -1 resolved."""
@@ -143,6 +160,16 @@ class Engine:
                 self.scheduler.finish(request, "abort")
                 self._forget(request)
 
+    def finish(self, request_id: str, index: int, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """Ends one completion of a request, as when a stop string was found in its text; fine if it has ended."""
+        if group := self._groups.get(request_id):
+            self.scheduler.finish(group.completions[index], reason, stop_reason)
+            self._forget(group.completions[index])
+
+    def unfinished_requests(self) -> list[tuple[str, Any]]:
+        """Their ids, each with the tag of its first completion."""
+        return [(request_id, group.completions[0].tag) for request_id, group in self._groups.items()]
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups) or bool(self._inflight)
 
@@ -153,7 +180,32 @@ class Engine:
 
     def step(self) -> list[CompletionDelta]:
         """Dispatches the next step, or a few if they are short, then reads what was dispatched before: returns what
-        that added."""
+        that added. For requests without tags."""
+        deltas: list[CompletionDelta | None] = []
+        for output in self.step_outputs():
+            for processor, token_id in zip(output.tags, output.token_ids, strict=True):
+                deltas.append(self._present(processor, TokenDelta([token_id])))
+            for processor, delta in output.deltas:
+                deltas.append(self._present(processor, delta))
+        return [delta for delta in deltas if delta is not None]
+
+    def _present(self, processor: OutputProcessor, delta: TokenDelta) -> CompletionDelta | None:
+        """None of a completion that ended on a stop string while it had more tokens under way."""
+        if processor.stop_string is not None:
+            return None
+        try:
+            presented = processor.process(delta)
+        except Exception as error:
+            logger.exception("request %s failed while its output was made", processor.request_id)
+            self.finish(processor.request_id, processor.index, "error")
+            message = f"its output could not be made: {type(error).__name__}: {error}"
+            return processor.process(TokenDelta([], finish_reason="error", error=message))
+        if processor.stop_string is not None:
+            self.finish(processor.request_id, processor.index, "stop", processor.stop_string)
+        return presented
+
+    def step_outputs(self) -> list[StepOutput]:
+        """As step(), before the tokens are text."""
         begin = time.monotonic()
         previous, self._inflight = self._inflight, []
         steps, failure = self._plan(), None
@@ -162,18 +214,18 @@ class Engine:
                 self._inflight = self.runner.execute(steps)
             except Exception as error:
                 failure = error
-        deltas: list[CompletionDelta] = []
+        outputs: list[StepOutput] = []
         for handle in previous:
             try:
-                deltas += self._read(handle)
+                outputs += self._read(handle)
             except Exception as error:
                 failure = failure or error
-                deltas += self._fail_all(handle.plans, error)
+                outputs.append(self._fail_all(handle.plans, error))
         plans = [step.plan for step in steps]
         if failure is not None:
-            deltas += self._recover(plans, failure)
+            outputs.append(self._recover(plans, failure))
         self._report(plans, begin)
-        return deltas
+        return outputs
 
     def _plan(self) -> list[PackedStep]:
         """The next step; while nobody waits, as many decode steps as one call runs."""
@@ -188,80 +240,103 @@ class Engine:
             steps.append(self.runner.pack(plan, first.shape))
         return steps
 
-    def _read(self, step: StepHandle) -> list[CompletionDelta]:
+    def _read(self, step: StepHandle) -> list[StepOutput]:
         """Waits for a call's tokens and hands them to their requests."""
-        outputs = to_host(step.sampled)
+        sampled = to_host(step.sampled)
         for request, positions, scores in step.prompt_scores:
-            if processor := self._processors.get(request.request_id):
-                processor.add_prompt_logprobs(positions, to_host(scores))
+            self._add_prompt_scores(request, positions, to_host(scores))
         now = time.monotonic()
-        deltas: list[CompletionDelta] = []
-        for index, plan in enumerate(step.plans):
-            sampled = step.sampled_of(index, outputs)
-            for row, scheduled in enumerate(plan.scheduled):
-                if scheduled.samples and not scheduled.request.finished:
-                    deltas += self._append(scheduled.request, sampled, row, now)
-        return deltas
+        return [self._append(plan, step.sampled_of(i, sampled), now) for i, plan in enumerate(step.plans)]
 
-    def _append(self, request: Request, sampled: Any, row: int, now: float) -> list[CompletionDelta]:
-        previous_time, token_id = request.last_token_time, int(sampled.tokens[row])
-        if token_id < 0:
-            return self._fail(request, "the model's logits are not numbers (NaN)")
-        self.scheduler.append_token(request, token_id, now)
-        self._stats.num_generation_tokens += 1
-        if previous_time is None:
-            self._stats.time_to_first_token.append(now - request.arrival_time)
-        else:
-            self._stats.inter_token_latency.append(now - previous_time)
-        processor, wanted = self._processors[request.request_id], request.sampling_params.logprobs
-        try:
-            logprobs = None if wanted is None else processor.logprobs_of(token_id, sampled, row, wanted)
-            delta, stop_string = processor.append(token_id, logprobs)
-        except Exception as error:
-            logger.exception("request %s failed while its output was made", request.request_id)
-            return self._fail(request, f"its output could not be made: {type(error).__name__}: {error}")
-        if stop_string is not None:
-            self.scheduler.finish(request, "stop", stop_string)
+    def _append(self, plan: StepPlan, sampled: Any, now: float) -> StepOutput:
+        """Gives every request of a step its token."""
+        output, tokens, append_token = StepOutput(), sampled.tokens.tolist(), self.scheduler.append_token
+        tags, token_ids, latencies = output.tags, output.token_ids, self._stats.inter_token_latency
+        for row, scheduled in enumerate(plan.scheduled):
+            request = scheduled.request
+            if not scheduled.samples or request.status is RequestStatus.FINISHED:
+                continue
+            token_id, previous_time = tokens[row], request.last_token_time
+            if token_id < 0:
+                output.deltas += self._fail(request, "the model's logits are not numbers (NaN)")
+                continue
+            append_token(request, token_id, now)
+            self._stats.num_generation_tokens += 1
+            if previous_time is None:
+                self._stats.time_to_first_token.append(now - request.arrival_time)
+            else:
+                latencies.append(now - previous_time)
+                if request.sampling_params.logprobs is None and request.status is not RequestStatus.FINISHED:
+                    tags.append(request.tag)
+                    token_ids.append(token_id)
+                    continue
+            output.deltas.append((request.tag, self._delta(request, token_id, sampled, row)))
+        return output
+
+    def _delta(self, request: Request, token_id: int, sampled: Any, row: int) -> TokenDelta:
+        """Of a token that there is more to say about."""
+        wanted, first = request.sampling_params.logprobs, len(request.output_token_ids) == 1
+        delta = TokenDelta(
+            [token_id],
+            scores=None if wanted is None else [scores_of(token_id, sampled, row, wanted)],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_cached_tokens=request.num_cached_tokens if first else None,
+            prompt_scores=self._groups[self._group_of[request]].prompt_scores if first and not request.index else None,
+            metrics=metrics_of(request) if request.finished else None,
+        )
         if request.finished:
             self._forget(request)
-        return [delta]
+        return delta
+
+    def _add_prompt_scores(self, request: Request, positions: range, scores: Any) -> None:
+        """Of the prompt tokens at `positions`, a row each; those already known (a preempted prompt is computed twice)
+        are passed over. scores: a SampleOutput of numpy arrays."""
+        wanted, group_id = request.sampling_params.prompt_logprobs, self._group_of.get(request)
+        known = None if group_id is None else self._groups[group_id].prompt_scores
+        if known is None or wanted is None:
+            return
+        for row, position in enumerate(positions):
+            if position == len(known):
+                known.append(scores_of(request.prompt_token_ids[position], scores, row, wanted))
 
     # ---- failures -------------------------------------------------------------------------------------------
 
-    def _recover(self, dispatched: list[StepPlan], error: Exception) -> list[CompletionDelta]:
+    def _recover(self, dispatched: list[StepPlan], error: Exception) -> StepOutput:
         """A step that raised takes the donated caches with it, and the one dispatched behind it too: their requests
         end, everyone else is computed again."""
         logger.error("a step failed: its requests end with an error, the engine goes on", exc_info=error)
-        deltas = self._fail_all(dispatched, error)
+        output = self._fail_all(dispatched, error)
         self._inflight = []
         self.scheduler.forget_computed()
         self.runner.reset_state()
-        return deltas
+        return output
 
-    def _fail_all(self, plans: list[StepPlan], error: Exception) -> list[CompletionDelta]:
+    def _fail_all(self, plans: list[StepPlan], error: Exception) -> StepOutput:
         message = f"the engine failed in a step: {type(error).__name__}: {error}"
         requests = [s.request for plan in plans for s in plan.scheduled]
-        return [delta for r in requests if r.request_id in self._processors for delta in self._fail(r, message)]
+        return StepOutput(deltas=[delta for r in requests if r in self._group_of for delta in self._fail(r, message)])
 
-    def _fail(self, request: Request, message: str) -> list[CompletionDelta]:
+    def _fail(self, request: Request, message: str) -> list[tuple[Any, TokenDelta]]:
         """Ends a request, and with a leader the siblings that wait for its prompt."""
         self.scheduler.finish(request, "error")
-        ended = [r for r in (request, *request.siblings) if r.finished and r.request_id in self._processors]
-        deltas = [self._processors[r.request_id].end(error=message) for r in ended]
+        ended = [r for r in (request, *request.siblings) if r.finished and r in self._group_of]
         for r in ended:
             self._forget(r)
-        return deltas
+        return [
+            (r.tag, TokenDelta([], finish_reason=r.finish_reason, error=message, metrics=metrics_of(r))) for r in ended
+        ]
 
     # ---- accounting -----------------------------------------------------------------------------------------
 
     def _forget(self, request: Request) -> None:
-        processor = self._processors.pop(request.request_id, None)
-        if processor is None:
+        group_id = self._group_of.pop(request, None)
+        if group_id is None:
             return
-        group = self._groups[processor.public_id]
+        group = self._groups[group_id]
         group.unfinished -= 1
         if group.unfinished == 0:
-            del self._groups[processor.public_id]
+            del self._groups[group_id]
         stats = FinishedRequestStats(
             finish_reason=request.finish_reason or "abort",
             num_prompt_tokens=request.num_prompt_tokens,
@@ -303,3 +378,24 @@ def check_prompt(prompt_token_ids: list[int], vocab_size: int, max_model_len: in
         )
     if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
         raise InvalidRequestError(f"prompt token ids must be in [0, {vocab_size:,})", param="prompt")
+
+
+def to_host(output: Any) -> Any:
+    """A pytree of device arrays as numpy, once the copies that execute() started have arrived."""
+    return jax.tree.map(np.asarray, output)
+
+
+def scores_of(token_id: int, scores: Any, row: int, wanted: int) -> TokenScores:
+    """scores: a SampleOutput of numpy arrays."""
+    top_ids, top_logprobs = scores.top_ids[row, :wanted].tolist(), scores.top_logprobs[row, :wanted].tolist()
+    return TokenScores(token_id, float(scores.logprobs[row]), int(scores.rank[row]), top_ids, top_logprobs)
+
+
+def metrics_of(request: Request) -> RequestMetrics:
+    return RequestMetrics(
+        arrival_time=request.arrival_time,
+        first_scheduled_time=request.first_scheduled_time,
+        first_token_time=request.first_token_time,
+        last_token_time=request.last_token_time,
+        num_preemptions=request.num_preemptions,
+    )

@@ -1,106 +1,101 @@
-"""From sampled tokens to what the caller sees: text, stop strings, logprobs, one request at a time."""
+"""From a completion's tokens to what its caller sees: text, stop strings, logprobs. It needs no engine for it."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
 from paged.detokenizer import IncrementalDetokenizer
-from paged.outputs import CompletionDelta, Logprob, RequestMetrics, TokenLogprobs
-from paged.request import Request
+from paged.outputs import CompletionDelta, Logprob, TokenDelta, TokenLogprobs, TokenScores
+from paged.sampling_params import SamplingParams
 
 
 class OutputProcessor:
-    """The presentation of one request (one completion of it), from its first token to its last."""
+    """The presentation of one completion, from its first token to its last.
 
-    def __init__(self, request: Request, public_id: str, tokenizer: Any):
-        self.request, self.public_id, self.tokenizer = request, public_id, tokenizer
-        params = request.sampling_params
-        self.detokenizer = (
-            IncrementalDetokenizer(tokenizer, params, request.prompt_token_ids)
-            if tokenizer and params.detokenize
-            else None
+    stop_string: the one that ended it, which only who reads the text can find: the engine has to be told.
+    """
+
+    def __init__(
+        self, request_id: str, index: int, params: SamplingParams, tokenizer: Any, prompt_token_ids: Sequence[int]
+    ):
+        self.request_id, self.index, self.tokenizer = request_id, index, tokenizer
+        self.stop_string: str | None = None
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, params, prompt_token_ids) if tokenizer and params.detokenize else None
         )
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+        self._include_stop = params.include_stop_str_in_output
+        self._num_cached_tokens = 0
 
-    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> tuple[CompletionDelta, str | None]:
-        """The delta that this token makes, and the stop string that it completes."""
-        request = self.request
-        text, stop_string = self._detokenize(token_id)
-        first = len(request.output_token_ids) == 1
-        delta = CompletionDelta(
-            request_id=self.public_id,
-            index=request.index,
-            text=text,
-            token_ids=[token_id],
-            logprobs=None if logprobs is None else [logprobs],
-            finish_reason="stop" if stop_string is not None else request.finish_reason,
-            stop_reason=stop_string if stop_string is not None else request.stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            prompt_logprobs=self.prompt_logprobs if first else None,
-            metrics=metrics_of(request) if request.finished or stop_string is not None else None,
-        )
-        return delta, stop_string
+    def extend(self, token_ids: list[int]) -> CompletionDelta:
+        """Of tokens that are neither the first nor the last, and have no logprobs."""
+        text, token_ids = self._read(token_ids)
+        if self.stop_string is None:
+            return CompletionDelta(
+                self.request_id, self.index, text, token_ids, num_cached_tokens=self._num_cached_tokens
+            )
+        return self._stopped(text, token_ids)
 
-    def _detokenize(self, token_id: int) -> tuple[str, str | None]:
-        """The text that the token adds, and the stop string it completes. A token that ends the request is no text,
-        unless include_stop_str_in_output."""
-        request = self.request
-        if self.detokenizer is None:
-            return "", None
-        text, stop_string = "", None
-        if request.finish_reason != "stop" or request.sampling_params.include_stop_str_in_output:
-            text, stop_string = self.detokenizer.append([token_id])
-        if request.finished and stop_string is None:
-            text += self.detokenizer.finish()
-        return text, stop_string
-
-    def end(self, error: str) -> CompletionDelta:
-        """The delta of a request that ends without a token."""
-        request = self.request
+    def process(self, delta: TokenDelta) -> CompletionDelta:
+        """Any delta. A token that ends the request is no text, unless include_stop_str_in_output."""
+        if delta.num_cached_tokens is not None:
+            self._num_cached_tokens = delta.num_cached_tokens
+        token_ids, text = delta.token_ids, ""
+        if delta.finish_reason != "stop" or self._include_stop:
+            text, token_ids = self._read(token_ids)
+        if self.stop_string is not None:
+            return self._stopped(text, token_ids, delta)
+        if self._detokenizer is not None and delta.finish_reason is not None and delta.error is None:
+            text += self._detokenizer.finish()
         return CompletionDelta(
-            request_id=self.public_id,
-            index=request.index,
-            text="",
-            token_ids=[],
-            finish_reason=request.finish_reason,
-            stop_reason=request.stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            error=error,
-            metrics=metrics_of(request),
+            self.request_id,
+            self.index,
+            text,
+            token_ids,
+            logprobs=self._logprobs(delta.scores),
+            finish_reason=delta.finish_reason,
+            stop_reason=delta.stop_reason,
+            num_cached_tokens=self._num_cached_tokens,
+            prompt_logprobs=self._logprobs(delta.prompt_scores),
+            error=delta.error,
+            metrics=delta.metrics,
         )
 
-    def add_prompt_logprobs(self, positions: range, scores: Any) -> None:
-        """Scores of the prompt tokens at `positions`, a row each; those already known (a preempted prompt is computed
-        twice) are passed over. scores: a SampleOutput of numpy arrays."""
-        known, wanted = self.prompt_logprobs, self.request.sampling_params.prompt_logprobs
-        if known is None or wanted is None:
-            return
-        for row, position in enumerate(positions):
-            if position == len(known):
-                known.append(self.logprobs_of(self.request.prompt_token_ids[position], scores, row, wanted))
+    def _read(self, token_ids: list[int]) -> tuple[str, list[int]]:
+        """The text of the tokens, and those of them that come before the end of a stop string."""
+        if self._detokenizer is None:
+            return "", token_ids
+        text = ""
+        for count, token_id in enumerate(token_ids, start=1):
+            added, self.stop_string = self._detokenizer.append((token_id,))
+            text += added
+            if self.stop_string is not None:
+                return text, token_ids[:count]
+        return text, token_ids
 
-    def logprobs_of(self, token_id: int, scores: Any, row: int, wanted: int) -> TokenLogprobs:
-        """The chosen token first, then the `wanted` most likely. scores: a SampleOutput of numpy arrays."""
-        chosen = Logprob(float(scores.logprobs[row]), int(scores.rank[row]), self._text_of(token_id))
-        top = zip(scores.top_ids[row, :wanted], scores.top_logprobs[row, :wanted], strict=True)
-        others = {int(t): Logprob(float(p), i, self._text_of(int(t))) for i, (t, p) in enumerate(top, start=1)}
-        return {token_id: chosen} | {t: p for t, p in others.items() if t != token_id}
+    def _stopped(self, text: str, token_ids: list[int], delta: TokenDelta | None = None) -> CompletionDelta:
+        delta = delta or TokenDelta(token_ids)
+        return CompletionDelta(
+            self.request_id,
+            self.index,
+            text,
+            token_ids,
+            logprobs=self._logprobs(delta.scores),
+            finish_reason="stop",
+            stop_reason=self.stop_string,
+            num_cached_tokens=self._num_cached_tokens,
+            prompt_logprobs=self._logprobs(delta.prompt_scores),
+            metrics=delta.metrics,
+        )
+
+    def _logprobs(self, scores: Any) -> Any:
+        """Of each position; None stays None."""
+        return None if scores is None else [None if s is None else self._of_position(s) for s in scores]
+
+    def _of_position(self, scores: TokenScores) -> TokenLogprobs:
+        """The chosen token first, then the most likely."""
+        token_id = scores.token_id
+        top = enumerate(zip(scores.top_ids, scores.top_logprobs, strict=True), start=1)
+        others = {t: Logprob(p, rank, self._text_of(t)) for rank, (t, p) in top if t != token_id}
+        return {token_id: Logprob(scores.logprob, scores.rank, self._text_of(token_id))} | others
 
     def _text_of(self, token_id: int) -> str | None:
         return self.tokenizer.decode([token_id]) if self.tokenizer else None
-
-
-def to_host(output: Any) -> Any:
-    """A pytree of device arrays as numpy, once the copies that execute() started have arrived."""
-    return jax.tree.map(np.asarray, output)
-
-
-def metrics_of(request: Request) -> RequestMetrics:
-    return RequestMetrics(
-        arrival_time=request.arrival_time,
-        first_scheduled_time=request.first_scheduled_time,
-        first_token_time=request.first_token_time,
-        last_token_time=request.last_token_time,
-        num_preemptions=request.num_preemptions,
-    )

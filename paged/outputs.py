@@ -1,7 +1,7 @@
-"""What a caller gets back: vLLM's output types, and the increments they are made of."""
+"""What a caller gets back: vLLM's output types, the increments they are made of, and the tokens that those are of."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -30,9 +30,47 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
+class TokenScores(NamedTuple):
+    """The logprobs of one position, as the device gives them: of the chosen token, and of the most likely ones in
+    order."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one step added to one completion, before it is text. Fields are as in CompletionDelta."""
+
+    token_ids: list[int]
+    scores: list[TokenScores] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int | None = None  # on the first token
+    prompt_scores: list[TokenScores | None] | None = None  # on the first token of index 0
+    error: str | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """The tokens of one step. A completion is named by its tag, the caller's own handle for it.
+
+    Most completions get one more token and there is nothing else to say: they are in `tags` and `token_ids`, which
+    are of one length. First and last tokens, logprobs and errors are in `deltas`. None is in both.
+    """
+
+    tags: list[Any] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    deltas: list[tuple[Any, TokenDelta]] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class CompletionDelta:
-    """What one step added to one completion of a request. The concatenated `text` of a completion's deltas
+    """What was added to one completion of a request. The concatenated `text` of a completion's deltas
     is its whole text; half characters and possible stop strings are held back until they are decided."""
 
     request_id: str
@@ -45,7 +83,7 @@ class CompletionDelta:
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # on the delta that has the first token, index 0
     error: str | None = None  # set with finish_reason "error"
-    metrics: RequestMetrics | None = None  # set with any finish_reason
+    metrics: RequestMetrics | None = None  # with a finish_reason, unless a server's front end found a stop string
 
 
 @dataclass(slots=True)

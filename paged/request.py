@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from paged.outputs import FinishReason
 from paged.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ class Request:
     priority: int = 0  # lower is served first, under the priority policy
     cache_salt: str | None = None  # blocks are shared only between requests of equal salt
     index: int = 0  # which of the n completions
+    tag: Any = None  # the caller's own handle of this completion
     siblings: list["Request"] = field(default_factory=list)  # queued once this leader's prompt is computed
 
     output_token_ids: list[int] = field(default_factory=list)

@@ -113,6 +113,7 @@ class Runner:
         self._admit_full: Any = None
         self._score: Any = None
         self.state: Any = None  # a DeviceState, once compiled
+        self._ranks = variant_ranks(shape)
         mesh = model.compute.mesh
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -206,10 +207,15 @@ class Runner:
     # ---- serving --------------------------------------------------------------------------------------------
 
     def pack(self, plan: StepPlan, shape: StepShape | None = None) -> PackedStep:
-        """For execution after those packed before it; in `shape`, or the smallest that fits."""
+        """For execution after those packed before it; in `shape`, or the smallest that fits. Its sampler is the
+        cheapest that serves every request of the step."""
         shape = shape or self._bucket(plan)
         packed = pack(plan, shape, scratch_slot=self.shape.max_num_seqs)
-        return PackedStep(plan, shape, self._variant(plan, shape), packed)
+        for request in plan.admitted:
+            self._ranks[request.slot] = VARIANTS.index(sampler.variant_of(request.sampling_params))
+        rank = self._ranks[shape.split(packed).slots].max()
+        variant = next(v for v in self.shape.variants_of(shape) if VARIANTS.index(v) >= rank)
+        return PackedStep(plan, shape, variant, packed)
 
     def chain_length(self, step: PackedStep) -> int:
         """How many steps like this one call runs, if there are as many; else 1."""
@@ -242,12 +248,6 @@ class Runner:
             return StepShape(S, S, decode_only=True)
         T = at_least(self.shape.prompt_sizes, plan.num_tokens)
         return StepShape(T, self.shape.max_num_seqs, decode_only=False)
-
-    def _variant(self, plan: StepPlan, shape: StepShape) -> Variant:
-        """The cheapest that serves every request of the step."""
-        needed = {sampler.variant_of(s.request.sampling_params) for s in plan.scheduled}
-        rank = max(map(VARIANTS.index, needed))
-        return next(v for v in self.shape.variants_of(shape) if VARIANTS.index(v) >= rank)
 
     def _write_slots(self, admitted: list[Request]) -> None:
         s = self.shape
@@ -289,6 +289,11 @@ class Runner:
                     scored = self._score(self.params, hidden, self._send(rows))
                     yield request, range(start, start + count), scored
             row += chunk.num_tokens
+
+
+def variant_ranks(shape: RunnerShape) -> np.ndarray:
+    """int[slots]: by slot, which of VARIANTS is the cheapest that serves the request in it."""
+    return np.zeros(shape.max_num_seqs + 1, int)
 
 
 def step_program(

@@ -69,7 +69,7 @@ def prepare_prompt(
     else:
         whole = prompt
     token_ids = truncated(whole, request.truncate_prompt_tokens, engine.max_model_len)
-    check_token_ids(token_ids, engine.model_config.vocab_size, "prompt")
+    check_token_ids(token_ids, engine.vocab_size, "prompt")
     asked = 1 if request.max_tokens == 0 else request.max_tokens
     room = fit_context(len(token_ids), asked, engine.max_model_len, "prompt")
     defaults = engine.default_sampling_params

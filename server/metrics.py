@@ -183,7 +183,7 @@ class EngineMetrics(Collector):
         with self._lock:
             families = list(self._counted(names, values))
         yield from families
-        blocks = {} if self._engine is None else {"num_gpu_blocks": self._engine.ledger.num_blocks}
+        blocks = {} if self._engine is None else {"num_gpu_blocks": self._engine.info.num_blocks}
         yield self._info("vllm:cache_config_info", "The cache's options.", asdict(self._config.cache) | blocks)
         yield self._info("paged:build_info", "The server's version.", {"version": package_version()})
 

@@ -39,5 +39,5 @@ def detokenize(service: Service, engine: AsyncEngine, body: bytes) -> dict[str, 
     service.check_model(request.model)
     service.check_text(engine, "tokens")
     if request.tokens:
-        check_token_ids(request.tokens, engine.model_config.vocab_size, "tokens")
+        check_token_ids(request.tokens, engine.vocab_size, "tokens")
     return {"prompt": engine.tokenizer.decode(request.tokens)}

@@ -101,11 +101,10 @@ def answer_all(
     except (ValueError, RuntimeError, OSError) as e:
         raise RunError(f"the engine could not be loaded: {e}") from e
     ids = UniqueIds()
-    names = tuple(dict.fromkeys([engine.served_model_name, config.model.model]))
     bar = tqdm(total=total, initial=results.num_done, unit="line", disable=not args.progress, mininterval=0.5)
     try:
         with bar:
-            batch = BatchRun(engine, results, 2 * engine.max_num_seqs, names, bar)
+            batch = BatchRun(engine, results, 2 * engine.max_num_seqs, (config.model.model,), bar)
             todo = tasks(read_lines(args.input, sys.stdin.buffer, key), results, ids)
             return asyncio.run(batch.run(todo)).as_dict()
     finally:

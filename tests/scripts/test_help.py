@@ -7,7 +7,7 @@ import pytest
 
 PROGRAMS = ["scripts.batch.__main__", "scripts.compare_transformers", "scripts.convert", "scripts.evaluate"]
 PROGRAMS += ["scripts.tpu_check.__main__"]
-PROGRAMS += [f"scripts.bench.{name}" for name in ("throughput", "latency", "prefill", "serve")]
+PROGRAMS += [f"scripts.bench.{name}" for name in ("throughput", "latency", "prefill", "host", "serve")]
 
 
 @pytest.mark.parametrize("module", PROGRAMS)
@@ -34,5 +34,5 @@ def test_the_list_of_benchmarks(capsys) -> None:
         importlib.import_module("scripts.bench.__main__").main(["--help"])
     assert e.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in ("throughput", "latency", "prefill", "serve"))
+    assert all(f"\n  {name} " in text for name in ("throughput", "latency", "prefill", "host", "serve"))
     assert max(map(len, text.splitlines())) <= 100
