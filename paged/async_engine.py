@@ -103,6 +103,9 @@ class EngineThread:
     def shutdown(self) -> None:
         """Ends the thread after the current step; unfinished requests end with EngineStoppedError."""
         self._inbox.put(None)
+        self.join()
+
+    def join(self) -> None:
         self._thread.join()
 
     # ---- the engine's thread --------------------------------------------------------------------------------

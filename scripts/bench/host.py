@@ -37,7 +37,7 @@ class HostArgs:
     input_len: int = option(128, "tokens of every prompt")
     steps: int = option(300, "steps under the clock")
     temperature: float = option(0.6, "of the sampling; 0 is greedy")
-    device: Literal["instant", "real"] = option("instant", "instant: random tokens at once; real: this machine's")
+    device: Literal["instant", "real"] = option("instant", "instant: random tokens, none computed")
     step_ms: float = option(0.0, "time that a step of the instant device takes")
     timeline: str | None = option(None, "file for a picture of some steps (PNG, SVG); none: no picture")
 

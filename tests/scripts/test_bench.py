@@ -56,6 +56,20 @@ def check_repeats(figure: dict[str, Any], count: int) -> None:
     assert figure["min"] == min(figure["values"]) <= figure["median"] <= max(figure["values"]) == figure["max"]
 
 
+@pytest.mark.parametrize("device", ["instant", "real"])
+def test_host_work(capsys, tmp_path, device) -> None:
+    workload = ["--batch", "3", "--input-len", "5", "--steps", "12", "--max-model-len", "64", "--device", device]
+    picture = tmp_path / "host.png"
+    [line], _ = bench(capsys, "host", *ENGINE, *workload, "--timeline", str(picture))
+    micros = line["microseconds"]
+    assert {"schedule", "pack", "dispatch", "wait", "outputs", "publish", "engine", "receive", "text"} == micros.keys()
+    for part in micros.values():
+        assert 0 <= part["min"] <= part["median"] <= part["max"]
+    parts = sum(micros[part]["median"] for part in ("schedule", "pack", "dispatch", "outputs", "publish"))
+    assert parts <= 1.5 * micros["engine"]["max"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_throughput_of_a_fixed_workload(capsys) -> None:
     lengths = ["--num-prompts", "6", "--input-len", "10", "--output-len", "9", "--repeats", "2"]
     (line,), err = bench(capsys, "throughput", *lengths, *CEILINGS, *ENGINE)
