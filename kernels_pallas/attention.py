@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.quantize import is_quantized
 from kernels_pallas.rotary import Tables, apply_rotary, rms_norm
 
 log = logging.getLogger(__name__)
@@ -104,13 +105,19 @@ def _implementation(backend: str) -> ModuleType:
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:
     """The pytree of jax.ShapeDtypeStruct that one layer's cache has under `backend`. Axis 1 of each array is the
-    KV heads, so that devices can have some of them each."""
+    KV heads, so that devices can have some of them each. With a dtype of int8 or float8_e4m3fn, scales are part of it
+    (`quantize`)."""
     return _implementation(backend).cache_shape(num_blocks, block_size, num_kv_heads, head_dim, dtype)
 
 
 def latent_cache_shape(num_blocks: int, block_size: int, head_dim: int, dtype) -> Cache:
     """As `cache_shape`, of the one head whose keys are its values too (multi-head latent attention): each is kept
     once, as the reference has it, for no backend has a kernel for it yet."""
+    if is_quantized(dtype):
+        raise UnsupportedShapeError(
+            "latent attention has no eight-bit cache: its latent vectors are keys and values in one; "
+            "set kv_cache_dtype to auto"
+        )
     keys, _ = _implementation("reference").cache_shape(num_blocks, block_size, 1, head_dim, dtype)
     return (keys,)
 
@@ -139,6 +146,8 @@ def ragged_paged_attention(
       window: a token sees itself and the window - 1 tokens before it; None sees all.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, arXiv 2408.00118).
       sinks: float32[H], a learned logit that takes part in the softmax's denominator alone (gpt-oss).
+
+    In an eight-bit cache the step's own tokens are read as they are stored, too.
 
     Returns:
       [T, H, D] in q's dtype, zeros in padding rows, and the cache.

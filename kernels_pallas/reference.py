@@ -1,16 +1,20 @@
 """Ragged paged attention in plain jnp: the oracle for the kernels, and the path where there is no kernel.
 
-One layer's cache is a pair of arrays [B, K, N, D], keys and values, or one array that is both. Attention walks over
-chunks of cached tokens with an online softmax (arXiv 1805.02867), so it gathers only blocks in use and keeps no score
-matrix; how far it walks is decided at run time by the longest sequence. A chunk that lies wholly behind a sequence's
-end changes nothing in that sequence's sums, to the bit, so a result never depends on the neighbours in the batch.
+One layer's cache is a pair of arrays [B, K, N, D], keys and values, or one array that is both; in eight bits there are
+two more, their scales [B, K, N]. Attention walks over chunks of cached tokens with an online softmax (arXiv
+1805.02867), so it gathers only blocks in use and keeps no score matrix; how far it walks is decided at run time by the
+longest sequence. A chunk that lies wholly behind a sequence's end changes nothing in that sequence's sums, to the bit,
+so a result never depends on the neighbours in the batch.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from kernels_pallas.quantize import SCALE_DTYPE, is_quantized, quantize
 
 KV_CHUNK = 128  # cached tokens gathered at a time
 Q_TILE = 128  # prompt tokens that share one walk over the cache
@@ -35,7 +39,8 @@ class Softmax(NamedTuple):
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype):
     slab = jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, head_dim), dtype)
-    return slab, slab
+    scales = (jax.ShapeDtypeStruct(slab.shape[:3], SCALE_DTYPE),) * 2 if is_quantized(dtype) else ()
+    return slab, slab, *scales
 
 
 def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, sinks):
@@ -54,7 +59,11 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, si
 def write_cache(k, v, cache, batch):
     """Puts token t's key and value at its position's block and offset."""
     block, offset = places(len(k), cache, batch)
-    news = (k, v)[: len(cache)]
+    if is_quantized(cache[0].dtype):
+        values, scales = zip(*(quantize(x, cache[0].dtype) for x in (k, v)), strict=True)
+        news = (*values, *scales)
+    else:
+        news = (k, v)[: len(cache)]
     return tuple(x.at[block, :, offset].set(new.astype(x.dtype)) for x, new in zip(cache, news, strict=True))
 
 
@@ -74,13 +83,34 @@ def places(num_tokens, cache, batch):
     return block, position % block_size
 
 
+class Chunk(NamedTuple):
+    """Cached tokens as they are multiplied: keys, values [..., C, D]; scales [..., C] of eight-bit ones, else None."""
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array | None
+    value_scales: jax.Array | None
+
+    @classmethod
+    def gather(cls, cache, blocks, heads, dtype):
+        """The tokens of some blocks, of some heads; keys, and what was eight bits, in `dtype`."""
+        rows = jnp.broadcast_shapes(blocks.shape, heads.shape)[:-1]
+        keys, *more = (x[blocks, heads].reshape(*rows, -1, *x.shape[3:]) for x in cache)
+        values, key_scales, value_scales = (*more, None, None)[:3] if more else (keys, None, None)
+        return cls(keys.astype(dtype), values if key_scales is None else values.astype(dtype), key_scales, value_scales)
+
+
+def _scaled(x, scales):
+    """x [..., rows, C] times scales [..., C]."""
+    return x if scales is None else x * scales[..., None, :]
+
+
 def attend_decodes(q, cache, kv_lens, block_tables, options: Options):
     """One query token for each sequence. q [S, H, D]; rows with kv_lens 0 give zeros."""
-    keys, values = cache[0], cache[-1]
     rows, H, D = q.shape
     S = max(rows, -(-SAME_EXP // (H * KV_CHUNK)))
     q, kv_lens, block_tables = (_rows(x, S) for x in (q, kv_lens, block_tables))
-    K, N = keys.shape[1:3]
+    K, N = cache[0].shape[1:3]
     queries = q.reshape(S, K, H // K, D)
     block_tables, blocks_per_chunk = _whole_chunks(block_tables, N)
     chunk = blocks_per_chunk * N
@@ -88,18 +118,11 @@ def attend_decodes(q, cache, kv_lens, block_tables, options: Options):
 
     def walk(i, state):
         pages = lax.dynamic_slice_in_dim(block_tables, i * blocks_per_chunk, blocks_per_chunk, axis=1)
-        index = (pages[:, None, :], jnp.arange(K)[None, :, None])
-        k, v = (x[index].reshape(S, K, chunk, D) for x in (keys, values))
-        scores = jnp.einsum("skgd,skcd->skgc", queries, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        part = Chunk.gather(cache, pages[:, None, :], jnp.arange(K)[None, :, None], q.dtype)
+        scores = jnp.einsum("skgd,skcd->skgc", queries, part.keys, preferred_element_type=jnp.float32)
         cached = i * chunk + jnp.arange(chunk)
         visible = _visible(position[:, None], cached[None, :], options.window)[:, None, None, :]
-        return _accumulate(
-            state,
-            scores,
-            visible,
-            lambda p: jnp.einsum("skgc,skcd->skgd", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
-            options,
-        )
+        return _accumulate(state, scores, visible, part, partial(jnp.einsum, "skgc,skcd->skgd"), options)
 
     first = jnp.where(kv_lens > 0, _first_visible(position, options.window), jnp.iinfo(jnp.int32).max)
     start = jnp.min(first) // chunk
@@ -138,26 +161,18 @@ def attend_prompts(q, out, cache, batch, options: Options):
 
 def _attend_tile(q, position, used, block_table, cache, blocks_per_chunk, options: Options):
     """q [Q, H, D] at `position` [Q] of one sequence, over its first `used` cached tokens."""
-    keys, values = cache[0], cache[-1]
     Q, H, D = q.shape
-    K, N = keys.shape[1:3]
+    K, N = cache[0].shape[1:3]
     chunk = blocks_per_chunk * N
     queries = q.reshape(Q, K, H // K, D).transpose(1, 2, 0, 3).reshape(K, H // K * Q, D)
 
     def walk(i, state):
         pages = lax.dynamic_slice_in_dim(block_table, i * blocks_per_chunk, blocks_per_chunk)
-        index = (pages[None, :], jnp.arange(K)[:, None])
-        k, v = (x[index].reshape(K, chunk, D) for x in (keys, values))
-        scores = jnp.einsum("kqd,kcd->kqc", queries, k.astype(q.dtype), preferred_element_type=jnp.float32)
+        part = Chunk.gather(cache, pages[None, :], jnp.arange(K)[:, None], q.dtype)
+        scores = jnp.einsum("kqd,kcd->kqc", queries, part.keys, preferred_element_type=jnp.float32)
         cached = i * chunk + jnp.arange(chunk)
         visible = jnp.tile(_visible(position[:, None], cached[None, :], options.window), (H // K, 1))[None]
-        return _accumulate(
-            state,
-            scores,
-            visible,
-            lambda p: jnp.einsum("kqc,kcd->kqd", p.astype(v.dtype), v, preferred_element_type=jnp.float32),
-            options,
-        )
+        return _accumulate(state, scores, visible, part, partial(jnp.einsum, "kqc,kcd->kqd"), options)
 
     start = _first_visible(position[0], options.window) // chunk
     stop = (used + chunk - 1) // chunk
@@ -199,8 +214,9 @@ def _empty(rows: tuple[int, ...], D: int, options: Options, K: int, H: int) -> S
     return Softmax(jnp.broadcast_to(sinks[..., None], shape), jnp.ones(shape), weighted)
 
 
-def _accumulate(state: Softmax, scores, visible, weigh, options: Options) -> Softmax:
-    scores = scores * options.scale
+def _accumulate(state: Softmax, scores, visible, part: Chunk, multiply, options: Options) -> Softmax:
+    """One step of the online softmax; `multiply` sums values by weights."""
+    scores = _scaled(scores, part.key_scales) * options.scale
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     scores = jnp.where(visible, scores, MASKED)
@@ -208,7 +224,9 @@ def _accumulate(state: Softmax, scores, visible, weigh, options: Options) -> Sof
     p = jnp.where(visible, jnp.exp(scores - maximum), 0.0)
     decay = jnp.exp(state.maximum - maximum)
     denominator = state.denominator * decay + jnp.sum(p, axis=-1, keepdims=True)
-    return Softmax(maximum, denominator, state.weighted * decay + weigh(p))
+    weights = _scaled(p, part.value_scales).astype(part.values.dtype)
+    weighted = multiply(weights, part.values, preferred_element_type=jnp.float32)
+    return Softmax(maximum, denominator, state.weighted * decay + weighted)
 
 
 def _normalise(state: Softmax):

@@ -43,7 +43,7 @@ class CacheArgs:
     gpu_memory_utilization: float = option(0.92, "fraction of device memory to use, in (0, 1]; not for CPU")
     kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache; none: what is left (CPU: 2 GiB at most)")
     num_gpu_blocks_override: int | None = option(None, "exact number of cache blocks, instead of sizing the pool")
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: the compute dtype")
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "fp8", "int8"] = option("auto", "auto: the compute dtype")
     enable_prefix_caching: bool = option(True, "share cache blocks between requests with equal prefixes")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from models import CACHE, sharded
+from kernels_pallas import vector_bytes
+from models import CACHE, ModelConfig, sharded
 from paged.config import CacheArgs
 from paged.runner import Runner, RunnerShape
 
@@ -72,6 +73,13 @@ def reserve_device_memory(utilization: float) -> None:
 def block_bytes(model: Any, shape: RunnerShape) -> int:
     cache = model.cache_shapes(1, shape.block_size, shape.cache_dtype)
     return tree_bytes(sharded(cache, model.compute.mesh, CACHE))
+
+
+def token_bytes(config: ModelConfig, dtype: Any, shards: int = 1) -> int:
+    """What one token's keys and values in one layer take of one device, with the scales of eight-bit ones, and without
+    padding."""
+    kv_heads = max(1, config.num_kv_heads // shards)
+    return (2 if config.latent is None else 1) * kv_heads * vector_bytes(config.head_dim, dtype)
 
 
 def step_bytes(analysis: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import UnsupportedShapeError, attention_backend
+from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
 from paged.config import EngineConfig
 from paged.errors import InvalidRequestError
@@ -32,14 +32,15 @@ class MachineDefaults(NamedTuple):
     variants: tuple[Variant, ...]
     chain: int  # decode steps in a call
     block_size: int  # a TPU keeps block tables in scalar memory, so its blocks are larger
+    block_size_in_8_bits: int  # and the scales of a block of 128 tokens fill its lanes
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
 # saves a dozen programs for a few percent of a step.
 DEFAULTS = {
-    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1, 16),
-    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4, 16),
-    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1, 64),
+    "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1, 16, 16),
+    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4, 16, 16),
+    "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1, 64, 128),
 }
 
 
@@ -114,6 +115,11 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
+def kv_cache_dtype(name: str, compute: jnp.dtype) -> jnp.dtype:
+    names = {"auto": compute, "fp8": jnp.float8_e4m3fn}
+    return jnp.dtype(names.get(name, name))
+
+
 def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype, platform: str) -> RunnerShape:
     """Every size but the pool's, on a "cpu", "gpu" or "tpu"."""
     defaults = DEFAULTS[platform]
@@ -129,8 +135,9 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
             "sequence needs a token in each step",
             param="max_num_batched_tokens",
         )
-    kv_cache_dtype = config.cache.kv_cache_dtype
-    block_size = config.cache.block_size or defaults.block_size
+    cache_dtype = kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
+    default_block_size = defaults.block_size_in_8_bits if is_quantized(cache_dtype) else defaults.block_size
+    block_size = config.cache.block_size or default_block_size
     return RunnerShape(
         num_blocks=0,
         block_size=block_size,
@@ -141,7 +148,7 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
         decode_sizes=buckets(defaults.smallest_decode, max_num_seqs, defaults.growth),
         prompt_sizes=buckets(defaults.smallest_prompt, max_tokens, defaults.growth),
         variants=defaults.variants,
-        cache_dtype=dtype if kv_cache_dtype == "auto" else jnp.dtype(kv_cache_dtype),
+        cache_dtype=cache_dtype,
         chain=defaults.chain,
     )
 

@@ -1,5 +1,6 @@
 """python -m scripts.evaluate TEXT_FILE: how well a model predicts a text."""
 
+import json
 import logging
 import math
 import sys
@@ -25,6 +26,8 @@ class EvaluateArgs:
     text_file: str = field(metadata={"positional": True, "help": "UTF-8 text"})
     window: int | None = option(None, "tokens in a window; none: as many as the model takes, at most 1024")
     stride: int | None = option(None, "tokens from a window's start to the next's; none: no overlap")
+    save_logprobs: str | None = option(None, "file for every token's logprob, as JSON")
+    against: str | None = option(None, "file of --save-logprobs to compare with")
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 2, "window", "must be at least 2")
@@ -88,7 +91,8 @@ def evaluate(args: EvaluateArgs, model: ModelArgs, others: Sequence[Any]) -> Non
         raise InvalidRequestError(f"{args.text_file} is too short: it has no token with one before it")
     measurement = summary(logprobs, len(text.encode()))
     workload = {"text_file": args.text_file, "windows": len(cut), "window": size, "stride": args.stride}
-    report = Report("evaluate", {"model": model.model, "machine": machine()})
+    cache_dtype = llm.engine.config.cache.kv_cache_dtype
+    report = Report("evaluate", {"model": model.model, "kv_cache_dtype": cache_dtype, "machine": machine()})
     row = {
         "tokens": f"{measurement['tokens']:,}",
         "windows": f"{len(cut):,} of {size:,}",
@@ -96,7 +100,23 @@ def evaluate(args: EvaluateArgs, model: ModelArgs, others: Sequence[Any]) -> Non
         "bits/byte": f"{measurement['bits_per_byte']:.4f}",
         "seconds": f"{seconds:.1f}",
     }
+    if args.against is not None:
+        measurement |= differences(logprobs, json.loads(Path(args.against).read_text()))
+        row |= {"mean |d logprob|": f"{measurement['mean_difference']:.5f}"}
+        row |= {"largest": f"{measurement['largest_difference']:.4f}"}
+    if args.save_logprobs is not None:
+        Path(args.save_logprobs).write_text(json.dumps(logprobs))
     report.add(row, {"workload": workload, "seconds": seconds} | measurement)
+
+
+def differences(logprobs: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    if len(logprobs) != len(others):
+        raise InvalidRequestError(
+            f"{len(others):,} logprobs were saved, and this run has {len(logprobs):,}: use the same text and window",
+            param="against",
+        )
+    apart = [abs(a - b) for a, b in zip(logprobs, others, strict=True)]
+    return {"mean_difference": math.fsum(apart) / len(apart), "largest_difference": max(apart)}
 
 
 def score(llm: Any, cut: Sequence[Window]) -> list[float]:

@@ -62,8 +62,8 @@ class Bench:
             raise InvalidRequestError(f"the engine could not be loaded: {e}") from e
         self.start_seconds = time.perf_counter() - begin
         runner, model_config = self.engine.runner, self.engine.checkpoint.config
-        shape, shards = runner.shape, runner.model.compute.shards
-        self.cost = Cost.of(model_config, runner.params, jnp.dtype(shape.cache_dtype).itemsize, shards)
+        shape = runner.shape
+        self.cost = Cost.of(model_config, runner.params, shape.cache_dtype, runner.model.compute.shards)
         self.max_num_seqs, self.tokens_a_step = shape.max_num_seqs, shape.prompt_sizes[-1]
         self.capacity = self.engine.scheduler.capacity
         self.max_token_id = min(10_000, model_config.vocab_size - 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import ModelConfig
-from paged.memory import local_size, tree_bytes
+from paged.memory import local_size, token_bytes, tree_bytes
 from scripts.bench.workload import Item
 
 LONG_ENOUGH = 0.02  # seconds that a measurement of a ceiling lasts at least
@@ -41,7 +41,7 @@ class Cost:
       weight_bytes, weights: bytes and number of the weights that every step reads (an untied input embedding is
         not among them: a step gathers a few rows of it).
       head_weights: those of them that only tokens with logits pass through.
-      kv_bytes: bytes of one token's keys and values in one layer.
+      kv_bytes: bytes of one token's keys and values in one layer, with the scales of eight-bit ones.
     """
 
     config: ModelConfig
@@ -52,11 +52,10 @@ class Cost:
     shards: int = 1
 
     @classmethod
-    def of(cls, config: ModelConfig, params: Any, cache_itemsize: int, shards: int = 1) -> "Cost":
+    def of(cls, config: ModelConfig, params: Any, cache_dtype: Any, shards: int = 1) -> "Cost":
         """params: arrays or their shapes, with their places on the devices."""
         leaves = jax.tree.leaves(params)
         embedding = config.vocab_size * config.hidden_size // shards
-        kv_heads = max(1, config.num_kv_heads // shards)
         gathered = 0 if config.tie_word_embeddings else embedding
         itemsize = max(leaves, key=lambda x: x.size).dtype.itemsize
         return cls(
@@ -64,7 +63,7 @@ class Cost:
             weight_bytes=tree_bytes(params) - gathered * itemsize,
             weights=sum(map(local_size, leaves)) - gathered,
             head_weights=embedding,
-            kv_bytes=(2 if config.latent is None else 1) * kv_heads * config.head_dim * cache_itemsize,
+            kv_bytes=token_bytes(config, cache_dtype, shards),
             shards=shards,
         )
 

@@ -26,8 +26,7 @@ class Estimates:
         self.capacity = (shape.num_blocks - 1) * shape.block_size
         self.kv_bytes = tree_bytes(runner.state_shapes().caches) / (shape.num_blocks * shape.block_size)
         self.ceilings = Ceilings(chip.bandwidth, chip.flops)
-        itemsize, shards = np.dtype(shape.cache_dtype).itemsize, runner.model.compute.shards
-        self.cost = Cost.of(self.config, runner.params, itemsize, shards)
+        self.cost = Cost.of(self.config, runner.params, shape.cache_dtype, runner.model.compute.shards)
 
     def report(self, batches, contexts, max_model_len: int, about: dict[str, Any]) -> None:
         report = Report("tpu_check", about)

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import AttentionBatch, cache_shape, latent_cache_shape, ragged_paged_attention, reference
+from kernels_pallas import (
+    AttentionBatch,
+    UnsupportedShapeError,
+    cache_shape,
+    latent_cache_shape,
+    quantize,
+    ragged_paged_attention,
+    reference,
+)
 
 BLOCK = 8
 
@@ -100,6 +108,44 @@ def test_matches_dense_softmax(options, H, K, D):
     RaggedBatch(rng, decodes, S=7, T=7, num_decodes=5, **heads).check(atol=2e-5, **options)
     RaggedBatch(rng, prompts, S=6, T=400, num_decodes=0, **heads).check(atol=2e-5, **options)
     RaggedBatch(rng, decodes[:3] + prompts, S=8, T=350, num_decodes=3, **heads).check(atol=2e-5, **options)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("int8", 0.05), ("float8_e4m3fn", 0.25)])
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
+def test_eight_bits(dtype, error, options):
+    """Tightly what the stored keys and values give, the step's own among them, and roughly what unrounded ones do."""
+    rng = np.random.default_rng(4)
+    H, K, D = 6, 2, 32
+    options = dict(options, scale=D**-0.5)
+    if options.get("sinks"):
+        options["sinks"] = jnp.asarray(rng.standard_normal(H) * 2, jnp.float32)
+    lens = [(250, 1), (3, 1), (130, 50), (9, 9)]
+    case = RaggedBatch(rng, lens, S=6, T=70, num_decodes=2, H=H, K=K, D=D)
+    (keys, key_scales), (values, value_scales) = (quantize(x, dtype) for x in case.cache)
+    cache = (keys, values, key_scales, value_scales)
+    shapes = cache_shape(len(keys), BLOCK, K, D, dtype, backend="reference")
+    assert [(x.shape, x.dtype) for x in cache] == [(x.shape, x.dtype) for x in shapes]
+    run = jax.jit(lambda cache: ragged_paged_attention(*case.args, cache, case.batch, backend="reference", **options))
+    out, written = run(cache)
+
+    def rounded(x):
+        stored, scales = quantize(jnp.asarray(x), dtype)
+        return np.asarray(stored.astype(jnp.float32)) * np.asarray(scales)[..., None]
+
+    tables = np.asarray(case.batch.block_tables)
+    for s, (total, new) in enumerate(lens):
+        mine = np.asarray(out[case.cu[s] : case.cu[s + 1]])
+        exact = dense(case.q[s], rounded(case.k[s]), rounded(case.v[s]), total - new, **options)
+        np.testing.assert_allclose(mine, exact, atol=3e-5)
+        np.testing.assert_allclose(mine, dense(case.q[s], case.k[s], case.v[s], total - new, **options), atol=error)
+        stored = (np.asarray(written[i].astype(jnp.float32))[tables[s]] for i in (1, 3))
+        stored, scales = (np.moveaxis(x, 1, 2).reshape(-1, *x.shape[1:2], *x.shape[3:])[:total] for x in stored)
+        np.testing.assert_array_equal(stored * scales[..., None], rounded(case.v[s]))
+
+
+def test_latent_vectors_are_not_stored_in_eight_bits():
+    with pytest.raises(UnsupportedShapeError, match="set kv_cache_dtype to auto"):
+        latent_cache_shape(9, BLOCK, 24, "int8")
 
 
 def test_fewer_tokens_than_sequence_rows():

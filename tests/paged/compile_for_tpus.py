@@ -61,7 +61,7 @@ def lowering(runner: Runner, name: str) -> Callable[[], jax.stages.Lowered]:
 def reports(model: str, topology: str, shards: int, layers: int, programs: list[str]) -> Iterator[dict]:
     runner = runner_of(model, topology, shards, layers)
     large = runner.params, runner.state_shapes().caches
-    weight_bytes = Cost.of(runner.model.config, runner.params, 2, shards).weight_bytes
+    weight_bytes = Cost.of(runner.model.config, runner.params, "bfloat16", shards).weight_bytes
     for name in programs:
         program = Program.compile(lowering(runner, name), runner.model.compute.mesh)
         figures = {key: value for key, value in vars(program).items() if key != "text"}

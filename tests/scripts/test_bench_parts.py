@@ -90,7 +90,7 @@ def test_the_committed_configurations_have_the_published_number_of_weights(
 ) -> None:
     """And the roofline counts all of them but an embedding that is not also the head."""
     model = build_model(config(name), dtype=jnp.bfloat16, attention_backend="reference")
-    cost = Cost.of(config(name), param_shapes(model), cache_itemsize=2)
+    cost = Cost.of(config(name), param_shapes(model), cache_dtype="bfloat16")
     assert cost.weights == total - embedding
     assert cost.weight_bytes == 2 * cost.weights
 
@@ -101,7 +101,7 @@ def test_a_device_has_its_share_of_the_model(shards: int, kv_heads: int) -> None
     c = config("llama-3.1-8b")
     mesh: Any = jax.sharding.AbstractMesh((1, shards), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
     model = build_model(c, dtype=jnp.bfloat16, attention_backend="reference", mesh=mesh)
-    cost = Cost.of(c, param_shapes(model), cache_itemsize=2, shards=shards)
+    cost = Cost.of(c, param_shapes(model), cache_dtype="bfloat16", shards=shards)
     norms, vocabulary, rest = 65 * 4096, 128_256 * 4096, 8_030_261_248 - 65 * 4096 - 2 * 128_256 * 4096
     repeated = 32 * 2 * 128 * 4096 * (kv_heads - 8 / shards)
     assert cost.weights == norms + (vocabulary + rest) / shards + repeated
