@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import UnsupportedShapeError
+from kernels_pallas.quantize import is_quantized
 
 LANES = 128  # of a vector register
 VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
@@ -63,6 +64,8 @@ def sublanes(dtype) -> int:
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype) -> jax.ShapeDtypeStruct:
     """Raises UnsupportedShapeError where a block's rows do not fill tiles."""
+    if is_quantized(dtype):
+        raise UnsupportedShapeError("the TPU kernels have no eight-bit cache: set kv_cache_dtype to auto")
     rows = sublanes(dtype)
     if block_size % rows:
         raise UnsupportedShapeError(
