@@ -33,12 +33,13 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, si
     if batch.decode_only:
         out = run(queries, jnp.zeros_like(num_seqs), num_seqs, decode=True)
     else:
-        prompts = run(queries.transpose(1, 2, 0, 3), num_decodes, num_seqs, decode=False).transpose(2, 0, 1, 3)
+        prompts = run(queries.transpose(1, 2, 0, 3), num_decodes, num_seqs, decode=False)
+        prompts = prompts.reshape(H, T, -1).transpose(1, 0, 2)  # in whole tiles of heads, which G alone would not fill
         rows = min(T, len(batch.kv_lens))  # a decode's only token is in the row of its sequence
-        decodes = run(queries[:rows], jnp.zeros_like(num_decodes), num_decodes, decode=True)
-        is_decode = (jnp.arange(rows) < num_decodes)[:, None, None, None]
+        decodes = run(queries[:rows], jnp.zeros_like(num_decodes), num_decodes, decode=True).reshape(rows, H, -1)
+        is_decode = (jnp.arange(rows) < num_decodes)[:, None, None]
         out = prompts.at[:rows].set(jnp.where(is_decode, decodes, prompts[:rows]))
-    return layout.unpack_output(out, D).reshape(T, H, D), cache
+    return layout.unpack_output(out.reshape(T, H, -1), D), cache
 
 
 def _check_scalar_memory(batch) -> None:
