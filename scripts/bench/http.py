@@ -34,8 +34,8 @@ class Client:
         body = b"".join([part async for part in self._exchange("GET", route, b"")])
         return json.loads(body)
 
-    async def events(self, route: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """The server-sent events of a POST, as they arrive, up to [DONE].
+    async def events(self, route: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+        """The data of a POST's server-sent events, as they arrive, up to [DONE].
 
         Raises:
           HttpError: the status is not 200.
@@ -49,7 +49,7 @@ class Client:
                 if data == b"[DONE]":
                     return
                 if event.startswith(b"data:"):
-                    yield json.loads(data)
+                    yield data
         raise ConnectionError("the stream ended without [DONE]")
 
     async def _exchange(self, method: str, route: str, body: bytes) -> AsyncIterator[bytes]:
@@ -77,10 +77,34 @@ class Client:
 
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        while size := int((await reader.readline()).split(b";")[0], 16):
-            yield (await reader.readexactly(size + 2))[:-2]
+        async for part in _chunked(reader):
+            yield part
     elif "content-length" in headers:
         yield await reader.readexactly(int(headers["content-length"]))
     else:
         while part := await reader.read(1 << 16):
             yield part
+
+
+async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """One item for all the chunks that came together."""
+    rest = b""
+    while True:
+        begin = 0
+        parts: list[bytes] = []
+        while (line_end := rest.find(b"\r\n", begin)) >= 0:
+            size = int(rest[begin:line_end].split(b";")[0], 16)
+            chunk_end = line_end + 2 + size
+            if len(rest) < chunk_end + 2:
+                break
+            if size == 0:
+                yield b"".join(parts)
+                return
+            parts.append(rest[line_end + 2 : chunk_end])
+            begin = chunk_end + 2
+        if parts:
+            yield b"".join(parts)
+        received = await reader.read(1 << 16)
+        if not received:
+            raise asyncio.IncompleteReadError(rest, None)
+        rest = rest[begin:] + received

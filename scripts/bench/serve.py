@@ -1,22 +1,25 @@
 """python -m scripts.bench serve: a running server under requests that arrive whether or not it keeps up."""
 
 import asyncio
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from paged.cli import parse_args
 from paged.config import option, require
 from paged.errors import InvalidRequestError
 from scripts.bench.http import Client, HttpError
+from scripts.bench.load import ROUTE, Load, Outcome, Senders, Sent, send
 from scripts.bench.report import Report, note
 from scripts.bench.workload import Item, fixed, nano, poisson_arrivals
 from scripts.percentiles import percentiles
 
-DESCRIPTION = """Sends streaming completions to a server of OpenAI's API at given rates, at random moments and without
-waiting for answers, and measures what a user would see. Goodput is the rate of requests that met every limit."""
-ROUTE = "/v1/completions"
+DESCRIPTION = """Sends streaming completions to a server of OpenAI's API and measures what a user would see: at given
+rates, at random moments and without waiting for answers; or a fixed number at a time. Goodput is the rate of requests
+that met every limit. Several processes send; 'client busy' is the processor load of the busiest."""
+MOST_PROCESSES = 4  # unless asked for more; a quarter of the processors at most, as the server needs them too
+TOO_BUSY = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class ServeArgs:
     api_key: str | None = option(None, "sent as the bearer token; none: no key")
     model: str | None = option(None, "model to ask for; none: the first that the server lists")
     rate: tuple[float, ...] = option((1.0,), "requests a second, several values; inf: all at once")
+    max_concurrency: int | None = option(None, "most requests under way at a time; none: no limit")
+    processes: int | None = option(None, "processes that send; none: a quarter of the processors, 1 to 4")
     num_prompts: int = option(64, "requests at each rate")
     input_len: int | None = option(None, "tokens in every prompt; none: 100 to 1024")
     output_len: int | None = option(None, "tokens generated for every prompt; none: 100 to 1024")
@@ -39,7 +44,7 @@ class ServeArgs:
 
     def __post_init__(self) -> None:
         require(min(self.rate) > 0, "rate", "must be positive")
-        for name in ("num_prompts", "input_len", "output_len", "max_token_id"):
+        for name in ("num_prompts", "max_concurrency", "processes", "input_len", "output_len", "max_token_id"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, "must be at least 1")
         both = (self.input_len is None) == (self.output_len is None)
@@ -54,115 +59,60 @@ class ServeArgs:
             return nano(self.num_prompts, self.max_token_id, self.seed)
         return fixed(self.num_prompts, self.input_len, self.output_len, self.max_token_id, self.seed)
 
-
-@dataclass(slots=True)
-class Outcome:
-    """One request. Times are seconds, from when it was due to be sent."""
-
-    output_tokens: int = 0
-    token_times: list[float] = field(default_factory=list)  # of each event that brought text or tokens
-    end: float = 0.0
-    error: str | None = None
-
-    @property
-    def time_to_first_token(self) -> float:
-        return self.token_times[0]
-
-    @property
-    def time_per_output_token(self) -> float | None:
-        """After the first; None of a single token."""
-        return (self.end - self.token_times[0]) / (self.output_tokens - 1) if self.output_tokens > 1 else None
-
-    @property
-    def inter_token_times(self) -> list[float]:
-        return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
-
-    def meets(self, args: ServeArgs) -> bool:
-        """Whether it counts for goodput."""
-        measured = (
-            (args.ttft_limit_ms, self.time_to_first_token),
-            (args.tpot_limit_ms, self.time_per_output_token),
-            (args.e2e_limit_ms, self.end),
-        )
-        return all(limit is None or value is None or value * 1e3 <= limit for limit, value in measured)
+    def load(self, model: str, rate: float) -> Load:
+        arrivals = poisson_arrivals(self.num_prompts, rate, self.seed)
+        return Load(self.url, self.api_key, model, self.temperature, self.items, arrivals, self.max_concurrency)
 
 
 def main(argv: list[str]) -> None:
-    (args,) = parse_args("python -m scripts.bench serve", DESCRIPTION, ServeArgs, argv=argv)
-    asyncio.run(measure(args))
-
-
-async def measure(args: ServeArgs) -> None:
     """
     Raises:
       InvalidRequestError: the URL is none, or there is no such server.
     """
+    (args,) = parse_args("python -m scripts.bench serve", DESCRIPTION, ServeArgs, argv=argv)
+    model = asyncio.run(find_model(args))
+    report = Report("serve", {"server": {"url": args.url, "model": model}})
+    senders = Senders(args.processes or min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 4)))
+    try:
+        for rate in args.rate:
+            sent = senders.send(args.load(model, rate))
+            report.add(*summarize(sent, rate, args))
+            for error in sorted({o.error for o in sent.outcomes if o.error})[:3]:
+                note(f"  failed: {error}")
+            if sent.busy > TOO_BUSY:
+                note(f"  the client was {sent.busy:.0%} busy: it may be the limit, use more --processes")
+    finally:
+        senders.close()
+    report.print_table()
+
+
+async def find_model(args: ServeArgs) -> str:
+    """The model to ask for, once it has answered a small request."""
     try:
         client = Client(args.url, args.api_key)
         model = args.model or (await client.get_json("/v1/models"))["data"][0]["id"]
     except (ValueError, OSError, HttpError) as e:
         raise InvalidRequestError(f"no answer from {args.url}: {e}", param="url") from None
-    report = Report("serve", {"server": {"url": args.url, "model": model}})
-    warm = await send(client, model, Item([1] * 8, 2), args, time.perf_counter())
+    warm = await send(client, model, Item([1] * 8, 2), args.temperature, time.monotonic())
     if warm.error:
         raise InvalidRequestError(f"{args.url} does not serve {ROUTE}: {warm.error}", param="url")
-    for rate in args.rate:
-        outcomes, seconds = await run_at(client, model, rate, args)
-        row, measurement = summarize(outcomes, seconds, rate, args)
-        report.add(row, measurement)
-        for error in sorted({o.error for o in outcomes if o.error})[:3]:
-            note(f"  failed: {error}")
-    report.print_table()
+    return model
 
 
-async def run_at(client: Client, model: str, rate: float, args: ServeArgs) -> tuple[list[Outcome], float]:
-    """Every request at one rate, and the seconds from the first arrival to the last answer."""
-    items = args.items
-    begin = time.perf_counter()
-
-    async def send_at(item: Item, at: float) -> Outcome:
-        await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
-        return await send(client, model, item, args, begin + at)
-
-    arrivals = poisson_arrivals(len(items), rate, args.seed)
-    outcomes = await asyncio.gather(*(send_at(item, at) for item, at in zip(items, arrivals, strict=True)))
-    return outcomes, time.perf_counter() - begin
+def meets_limits(outcome: Outcome, args: ServeArgs) -> bool:
+    """Whether it counts for goodput."""
+    measured = (
+        (args.ttft_limit_ms, outcome.time_to_first_token),
+        (args.tpot_limit_ms, outcome.time_per_output_token),
+        (args.e2e_limit_ms, outcome.end),
+    )
+    return all(limit is None or value is None or value * 1e3 <= limit for limit, value in measured)
 
 
-async def send(client: Client, model: str, item: Item, args: ServeArgs, due: float) -> Outcome:
-    """One request. What goes wrong with it is its outcome."""
-    outcome = Outcome()
-    body = {
-        "model": model,
-        "prompt": item.prompt,
-        "max_tokens": item.output_len,
-        "temperature": args.temperature,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    try:
-        async for event in client.events(ROUTE, body):
-            now = time.perf_counter() - due
-            if "error" in event:
-                outcome.error = str(event["error"])
-            elif event.get("choices"):
-                outcome.token_times.append(now)
-                outcome.end = now
-            if usage := event.get("usage"):
-                outcome.output_tokens = usage["completion_tokens"]
-    except (HttpError, OSError) as e:
-        outcome.error = str(e)
-    if outcome.error is None and not outcome.token_times:
-        outcome.error = "no token came"
-    return outcome
-
-
-def summarize(
-    outcomes: Sequence[Outcome], seconds: float, rate: float, args: ServeArgs
-) -> tuple[dict[str, str], dict[str, Any]]:
+def summarize(sent: Sent, rate: float, args: ServeArgs) -> tuple[dict[str, str], dict[str, Any]]:
+    outcomes, seconds = sent.outcomes, sent.seconds
     ok = [outcome for outcome in outcomes if outcome.error is None]
-    good = [outcome for outcome in ok if outcome.meets(args)]
+    good = [outcome for outcome in ok if meets_limits(outcome, args)]
     output_tokens = sum(outcome.output_tokens for outcome in ok)
     ms: dict[str, dict[str, float] | None] = {
         "ttft_ms": percentiles([o.time_to_first_token * 1e3 for o in ok]),
@@ -173,6 +123,7 @@ def summarize(
     measurement = {
         "workload": {
             "rate": "inf" if rate == float("inf") else rate,
+            "max_concurrency": args.max_concurrency,
             "num_prompts": len(outcomes),
             "input_len": args.input_len,
             "output_len": args.output_len,
@@ -180,6 +131,7 @@ def summarize(
             "limits_ms": {"ttft": args.ttft_limit_ms, "tpot": args.tpot_limit_ms, "e2e": args.e2e_limit_ms},
         },
         "seconds": seconds,
+        "client": {"processes": sent.processes, "busy": sent.busy},
         "requests": {"ok": len(ok), "failed": len(outcomes) - len(ok), "good": len(good)},
         "requests_per_second": len(ok) / seconds,
         "goodput_requests_per_second": len(good) / seconds,
@@ -196,4 +148,5 @@ def summarize(
     for name, values in ms.items():
         short = name.removesuffix("_ms").upper()
         row[f"{short} P50/P99 ms"] = f"{values['p50']:,.1f}/{values['p99']:,.1f}" if values else "-"
+    row["client busy"] = f"{sent.busy:.0%} of {sent.processes}"
     return row, measurement

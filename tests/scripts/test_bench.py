@@ -169,6 +169,16 @@ def test_serve_measures_a_server(server, capsys) -> None:
     assert "goodput" in err
 
 
+def test_serve_with_several_processes_and_a_fixed_concurrency(server, capsys) -> None:
+    load = ["--rate", "inf", "--num-prompts", "9", "--max-concurrency", "3", "--processes", "2", *LENGTHS]
+    (line,), err = bench(capsys, "serve", "--url", server, "--api-key", "sesame", *load)
+    assert line["requests"] == {"ok": 9, "failed": 0, "good": 9}
+    assert line["workload"]["max_concurrency"] == 3
+    assert line["client"]["processes"] == 2 and 0 < line["client"]["busy"] < 1.1
+    assert line["e2e_ms"]["max"] / 1e3 < line["seconds"], "waiting for a turn is not the server's time"
+    assert "client busy" in err
+
+
 def test_serve_counts_refused_requests(server, capsys) -> None:
     load = ["--rate", "inf", "--num-prompts", "3", "--input-len", "300", "--output-len", "5", "--max-token-id", "200"]
     (line,), err = bench(capsys, "serve", "--url", server, "--api-key", "sesame", *load)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from models import ModelConfig, build_model, param_shapes
 from scripts.bench.http import Client, HttpError
+from scripts.bench.load import Load, Outcome, Sent
 from scripts.bench.report import repeated, table
 from scripts.bench.roofline import Ceilings, Cost, ideal_seconds
-from scripts.bench.serve import Outcome, ServeArgs, summarize
+from scripts.bench.serve import ServeArgs, summarize
 from scripts.bench.workload import Item, fixed, nano, poisson_arrivals
 from scripts.percentiles import percentiles
 
@@ -190,12 +191,25 @@ def test_goodput_counts_what_met_every_limit(limits: dict[str, float], good: int
         Outcome(output_tokens=5, token_times=[0.5, 0.6], end=0.6),
         Outcome(error="HTTP 429"),
     ]
-    row, measurement = summarize(outcomes, 2.0, 1.0, ServeArgs(**limits))
+    row, measurement = summarize(Sent(outcomes, 2.0, busy=0.25, processes=3), 1.0, ServeArgs(**limits))
+    assert (row["client busy"], measurement["client"]) == ("25% of 3", {"processes": 3, "busy": 0.25})
     assert measurement["requests"] == {"ok": 2, "failed": 1, "good": good}
     assert measurement["goodput_requests_per_second"] == good / 2
     assert measurement["output_tokens_per_second"] == 5.0
     assert measurement["ttft_ms"]["p50"] == pytest.approx(350)
     assert row["failed"] == "1"
+
+
+@pytest.mark.parametrize(("count", "concurrency"), [(1, None), (3, None), (3, 7), (8, 5), (20, None), (4, 1)])
+def test_shares_of_a_load_add_up(count: int, concurrency: int | None) -> None:
+    items, arrivals = [Item([i], 1) for i in range(11)], [0.1 * i for i in range(11)]
+    shares = Load("http://a", None, "m", 0.0, items, arrivals, concurrency).shares(count)
+    assert len(shares) == min(count, 11, concurrency or 11)
+    sent = sorted(pair for share in shares for pair in zip(share.arrivals, share.items, strict=True))
+    assert sent == list(zip(arrivals, items, strict=True))
+    if concurrency is not None:
+        assert sum(share.concurrency or 0 for share in shares) == concurrency
+        assert all(share.concurrency for share in shares)
 
 
 def exchange(answer: bytes, cut: int, use: Callable[[Client], Any]) -> tuple[Any, bytes]:
@@ -222,7 +236,7 @@ def exchange(answer: bytes, cut: int, use: Callable[[Client], Any]) -> tuple[Any
 
 
 async def collect(client: Client) -> list[dict[str, Any]]:
-    return [event async for event in client.events("/v1/completions", {"prompt": [1]})]
+    return [json.loads(data) async for data in client.events("/v1/completions", {"prompt": [1]})]
 
 
 def chunked(body: bytes, size: int) -> bytes:
