@@ -24,7 +24,7 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window, soft_cap, si
         sinks = sinks.reshape(K, H // K)
 
     def run(queries, first, end, *, decode):
-        blocks = Blocks.choose((T, H, heads.key_lanes), q.dtype, cache, decode=decode)
+        blocks = Blocks.choose((T, H, heads.key_lanes), q.dtype, cache[0], decode=decode)
         seqs = jnp.stack([first, end]).astype(jnp.int32)
         scalars = Batch(seqs, batch.kv_lens, batch.block_tables.reshape(-1), batch.cu_q_lens)
         return attend(scalars, queries, cache, sinks, options=options, blocks=blocks)

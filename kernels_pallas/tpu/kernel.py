@@ -41,13 +41,19 @@ class Options(NamedTuple):
 
 @partial(jax.jit, static_argnames=("options", "blocks"))
 def attend(
-    batch: Batch, q: jax.Array, cache: jax.Array, sinks: jax.Array | None, *, options: Options, blocks: Blocks
+    batch: Batch,
+    q: jax.Array,
+    cache: tuple[jax.Array, ...],
+    sinks: jax.Array | None,
+    *,
+    options: Options,
+    blocks: Blocks,
 ) -> jax.Array:
     """Attention of the sequences in `batch.seqs`; other rows are zeros.
 
     Args:
       q: for decodes [T, K, G, W], token s being sequence s's only one; else [K, G, T, W].
-      cache: [B, K, N, L], with the step's keys and values in it.
+      cache: pages [B, K, N, L], with the step's keys and values in them; scales float32[B, K, 2, N] of eight-bit ones.
       sinks: float32[K, G] or None.
 
     Returns:
@@ -55,15 +61,15 @@ def attend(
     """
     K, G = q.shape[1:3] if blocks.decode else q.shape[:2]
     T, W = q.shape[0 if blocks.decode else 2], q.shape[3]
-    _, _, N, L = cache.shape
+    _, _, N, L = cache[0].shape
     tile_shape, tile_index = (blocks.tile, K, G, W), lambda i, *_: (i, 0, 0, 0)
     rows: tuple[int, ...] = (G,)
     if not blocks.decode:
         tile_shape, tile_index = (K, G, blocks.tile, W), lambda i, *_: (0, 0, i, 0)
         rows = (G, blocks.tile)
     tiles = pl.BlockSpec(tile_shape, tile_index)
-    operands: list[jax.Array] = [q, keep_in_hbm(cache)]
-    in_specs = [tiles, pl.BlockSpec(memory_space=pl.ANY)]
+    operands: list[jax.Array] = [q, *map(keep_in_hbm, cache)]
+    in_specs = [tiles, *[pl.BlockSpec(memory_space=pl.ANY)] * len(cache)]
     if sinks is not None:  # a lane-wide column for each head group, beside the rows it starts
         column = sinks.astype(jnp.float32).reshape(K, G, *(1,) * len(rows))
         column = jnp.broadcast_to(column, (*column.shape[:-1], LANES))
@@ -71,14 +77,14 @@ def attend(
         in_specs.append(pl.BlockSpec(column.shape, lambda i, *_: (0,) * column.ndim))
     pages = blocks.chunk // N
     return pl.pallas_call(
-        partial(_kernel, options=options, blocks=blocks, has_sinks=sinks is not None),
+        partial(_kernel, options=options, blocks=blocks, num_caches=len(cache), has_sinks=sinks is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(batch),
             grid=(pl.cdiv(T, blocks.tile),),
             in_specs=in_specs,
             out_specs=tiles,
             scratch_shapes=[
-                pltpu.VMEM((STAGES, pages, K, N, L), cache.dtype),
+                *(pltpu.VMEM((STAGES, pages, *x.shape[1:]), x.dtype) for x in cache),
                 pltpu.VMEM((K, *rows, LANES), jnp.float32),
                 pltpu.VMEM((K, *rows, LANES), jnp.float32),
                 pltpu.VMEM((K, *rows, W), jnp.float32),
@@ -97,9 +103,11 @@ def attend(
     )(*batch, *operands)
 
 
-def cost(batch: Batch, q: jax.Array, cache: jax.Array, window: int | None, blocks: Blocks) -> pl.CostEstimate:
+def cost(
+    batch: Batch, q: jax.Array, cache: tuple[jax.Array, ...], window: int | None, blocks: Blocks
+) -> pl.CostEstimate:
     """What a step over full block tables costs; how long the sequences really are is known at run time alone."""
-    B, K, N, L = cache.shape
+    B, _, N, _ = cache[0].shape
     S = batch.kv_lens.shape[0]
     H, W = q.size // q.shape[-1] // (T := q.shape[0 if blocks.decode else 2]), q.shape[-1]
     context = min(batch.block_tables.shape[0] // S, B) * N
@@ -109,13 +117,16 @@ def cost(batch: Batch, q: jax.Array, cache: jax.Array, window: int | None, block
     return pl.CostEstimate(
         flops=4 * pairs * W,
         transcendentals=pairs,
-        bytes_accessed=2 * q.size * q.dtype.itemsize + cached * K * L * cache.dtype.itemsize,
+        bytes_accessed=2 * q.size * q.dtype.itemsize + cached * sum(x.nbytes // (B * N) for x in cache),
     )
 
 
-def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, cache_ref, *refs, options, blocks, has_sinks):
-    sinks_ref = refs[0] if has_sinks else None
-    out_ref, kv_ref, max_ref, sum_ref, acc_ref, cursor, sems = refs[has_sinks:]
+def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, *refs, options, blocks, num_caches, has_sinks):
+    cache_refs, refs = refs[:num_caches], refs[num_caches:]
+    sinks_ref, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
+    out_ref, (kv_ref, *scales_ref), refs = refs[0], refs[1 : 1 + num_caches], refs[1 + num_caches :]
+    buffers = (kv_ref, *scales_ref)
+    max_ref, sum_ref, acc_ref, cursor, sems = refs
     window, Q, C, decode = options.window, blocks.tile, blocks.chunk, blocks.decode
     _, pages, K, N, L = kv_ref.shape
     blocks_per_seq = tables_ref.shape[0] // kv_lens_ref.shape[0]
@@ -142,8 +153,9 @@ def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, cache_ref, *refs, 
         @pl.loop(*pages_of(tile, seq, chunk))
         def _(page):
             block = tables_ref[seq * blocks_per_seq + page]
-            place = kv_ref.at[stage, page - chunk * pages]
-            pltpu.make_async_copy(cache_ref.at[block], place, sems.at[stage]).start()
+            for cache_ref, buffer in zip(cache_refs, buffers, strict=True):
+                place = buffer.at[stage, page - chunk * pages]
+                pltpu.make_async_copy(cache_ref.at[block], place, sems.at[stage]).start()
 
     def wait_for_copies(tile, seq, chunk, stage):
         """A semaphore counts bytes: one wait is enough for a chunk whose pages were all copied."""
@@ -152,11 +164,13 @@ def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, cache_ref, *refs, 
 
         @pl.when(is_whole)
         def _():
-            pltpu.make_async_copy(kv_ref.at[stage], kv_ref.at[stage], sems.at[stage]).wait()
+            for buffer in buffers:
+                pltpu.make_async_copy(buffer.at[stage], buffer.at[stage], sems.at[stage]).wait()
 
         @pl.loop(0, jnp.where(is_whole, 0, end_page - first_page))
         def _(_):
-            pltpu.make_async_copy(kv_ref.at[stage, 0], kv_ref.at[stage, 0], sems.at[stage]).wait()
+            for buffer in buffers:
+                pltpu.make_async_copy(buffer.at[stage, 0], buffer.at[stage, 0], sems.at[stage]).wait()
 
     def fetch_next():
         """Starts the copies of the chunk under the fetching cursor, and moves it on."""
@@ -221,15 +235,26 @@ def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, cache_ref, *refs, 
         fetched = (token >= start // N * N) & (token < end)
         W = q_ref.shape[-1]
 
+        def rows_of(h, lanes):
+            """[C, lanes], in the type that is multiplied."""
+            rows = kv_ref[stage, :, h, :, lanes].reshape(C, -1)
+            return rows.astype(q_ref.dtype) if scales_ref else rows
+
+        def scales_of(h, i):
+            """float32[1, C] of keys (0) or values (1); None: all are 1."""
+            if not scales_ref:
+                return None
+            return jnp.concatenate([scales_ref[0][stage, page, h, pl.ds(i, 1)] for page in range(pages)], axis=1)
+
         def scores_of(h):
             q = q_ref[seq - this_tile * Q, h] if decode else q_ref[h].reshape(row_count, W)
-            k = kv_ref[stage, :, h, :, :W].reshape(C, W)
-            return _scores(q.astype(k.dtype), k, options)
+            k = rows_of(h, pl.ds(0, W))
+            return _scores(q.astype(k.dtype), k, scales_of(h, 0), options)
 
         def accumulate(h, scores):
-            v = kv_ref[stage, :, h, :, pl.ds(options.value_start, width)].reshape(C, width)
+            v = rows_of(h, pl.ds(options.value_start, width))
             v = jnp.where(fetched, v, jnp.zeros_like(v))  # the rest of the buffer is whatever was there before
-            _accumulate(scores, v, visible, max_ref.at[h], sum_ref.at[h], acc_ref.at[h])
+            _accumulate(scores, v, scales_of(h, 1), visible, max_ref.at[h], sum_ref.at[h], acc_ref.at[h])
 
         together = blocks.heads_at_once(K)
         for first_head in range(0, K, together):
@@ -276,16 +301,16 @@ def _kernel(seqs_ref, kv_lens_ref, tables_ref, cu_ref, q_ref, cache_ref, *refs, 
                 out_ref[h] = result(h)
 
 
-def _scores(q, k, options: Options) -> jax.Array:
-    """q [R, W], k [C, W] -> float32[R, C]."""
-    scores = _dot(q, k, contract=(1, 1)) * options.scale
+def _scores(q, k, scales, options: Options) -> jax.Array:
+    """q [R, W], k [C, W], scales [1, C] or None -> float32[R, C]."""
+    scores = _dot(q, k, contract=(1, 1)) * (options.scale if scales is None else scales * options.scale)
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     return scores
 
 
-def _accumulate(scores, v, visible, max_ref, sum_ref, acc_ref) -> None:
-    """One head's online softmax (arXiv 1805.02867) over one chunk. scores [R, C], v [C, W]."""
+def _accumulate(scores, v, scales, visible, max_ref, sum_ref, acc_ref) -> None:
+    """One head's online softmax (arXiv 1805.02867) over one chunk. scores [R, C], v [C, W], scales [1, C] or None."""
     scores = jnp.where(visible, scores, MASKED)
     rows, C = scores.shape
     old = max_ref[...].reshape(rows, LANES)
@@ -293,6 +318,8 @@ def _accumulate(scores, v, visible, max_ref, sum_ref, acc_ref) -> None:
     p = jnp.where(visible, jnp.exp(scores - _across(new, C)), 0.0)
     decay = jnp.exp(old - new)
     total = sum_ref[...].reshape(rows, LANES) * decay + jnp.sum(p, axis=1, keepdims=True)
+    if scales is not None:
+        p = jnp.where(visible, p * scales, 0.0)  # scales that were not fetched may be anything
     weighted = _dot(p.astype(v.dtype), v, contract=(1, 0))
     acc = acc_ref[...].reshape(weighted.shape) * _across(decay, weighted.shape[1]) + weighted
     max_ref[...] = new.reshape(max_ref.shape)

@@ -1,8 +1,10 @@
 """How the cache lies in a TPU's memory, and the block sizes of the kernels over it.
 
-One layer's cache is one array [B, K, N, L]: a page holds keys and values of all heads, and a row of L lanes holds one
+One layer's cache has pages [B, K, N, L]: a page holds keys and values of all heads, and a row of L lanes holds one
 token's key beside its value, so that one DMA of contiguous memory fetches a page and a head's rows fill whole tiles.
 Heads of up to 64 share a register's 128 lanes between key and value; wider ones get multiples of 128 lanes each.
+In eight bits the cache has scales too, float32[B, K, 2, N], of keys and of values: a page's tokens lie along the lanes,
+as they do in the scores that the scales multiply, and as pages are of N = 128, they fill them.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import UnsupportedShapeError
-from kernels_pallas.quantize import is_quantized
+from kernels_pallas.quantize import SCALE_DTYPE, is_quantized
 
 LANES = 128  # of a vector register
 VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
@@ -58,24 +60,26 @@ class Layout:
 
 
 def sublanes(dtype) -> int:
-    """Rows of a tile of `dtype`: 8 of float32, 16 of bfloat16."""
+    """Rows of a tile of `dtype`: 8 of float32, 16 of bfloat16, 32 of eight bits."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype) -> jax.ShapeDtypeStruct:
-    """Raises UnsupportedShapeError where a block's rows do not fill tiles."""
-    if is_quantized(dtype):
-        raise UnsupportedShapeError("the TPU kernels have no eight-bit cache: set kv_cache_dtype to auto")
-    rows = sublanes(dtype)
+def cache_shape(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Pages, and scales in eight bits. Raises UnsupportedShapeError where a block does not fill tiles."""
+    rows = LANES if is_quantized(dtype) else sublanes(dtype)
     if block_size % rows:
         raise UnsupportedShapeError(
             f"block_size must be a multiple of {rows} for a TPU's {jnp.dtype(dtype).name} cache, not {block_size}"
         )
-    return jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, Layout(head_dim).row_lanes), dtype)
+    pages = jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, Layout(head_dim).row_lanes), dtype)
+    scales = jax.ShapeDtypeStruct((num_blocks, num_kv_heads, 2, block_size), SCALE_DTYPE)
+    return (pages, scales) if is_quantized(dtype) else (pages,)
 
 
 def keep_in_hbm(cache: jax.Array) -> jax.Array:
-    """For a kernel's operand: XLA would move a cache that fits to VMEM and back, whole, around each kernel."""
+    """For a kernel's operand: XLA would move an array that fits to VMEM and back, whole, around each kernel."""
     return pltpu.with_memory_space_constraint(cache, pltpu.HBM)
 
 
@@ -112,14 +116,14 @@ class Blocks:
     decode: bool
 
     @classmethod
-    def choose(cls, q_shape: tuple[int, int, int], dtype, cache: jax.ShapeDtypeStruct, *, decode: bool) -> "Blocks":
+    def choose(cls, q_shape: tuple[int, int, int], dtype, pages: jax.ShapeDtypeStruct, *, decode: bool) -> "Blocks":
         """The largest that fit the budget: chunks of about CHUNK_BYTES, tiles of about PROMPT_ROWS rows a head group.
 
         q_shape: [T, H, key_lanes]. Tiles shrink first, as a chunk must be large enough for HBM's latency.
         """
         T, H, _ = q_shape
-        _, K, N, L = cache.shape
-        token_bytes = K * L * jnp.dtype(cache.dtype).itemsize
+        _, K, N, L = pages.shape
+        token_bytes = K * L * jnp.dtype(pages.dtype).itemsize
         unit = max(LANES, N)
         chunk = max(unit, min(512, CHUNK_BYTES // token_bytes) // unit * unit)
         if decode:
@@ -127,7 +131,7 @@ class Blocks:
         else:
             tile = min(_power_of_two_up(T), max(16, _power_of_two(PROMPT_ROWS // (H // K))), 256)
         blocks = cls(max(tile, 1 if decode else 16), chunk, decode)
-        while blocks.vmem_bytes(q_shape, dtype, cache) > VMEM_BUDGET:
+        while blocks.vmem_bytes(q_shape, dtype, pages) > VMEM_BUDGET:
             if not decode and blocks.tile > 16:
                 blocks = cls(blocks.tile // 2, blocks.chunk, decode)
             elif blocks.chunk > unit:
@@ -141,22 +145,21 @@ class Blocks:
         operations then overlap (on a v6e 474 instructions a chunk of Llama-3.1-8B instead of 688)."""
         return K if self.decode else 1
 
-    def vmem_bytes(self, q_shape: tuple[int, int, int], dtype, cache: jax.ShapeDtypeStruct) -> int:
+    def vmem_bytes(self, q_shape: tuple[int, int, int], dtype, pages: jax.ShapeDtypeStruct) -> int:
         """Bytes of VMEM that the kernel's buffers take, and an allowance for scores.
 
         Queries and outputs are double-buffered by the pipeline; rows are padded to whole tiles.
         """
         _, H, W = q_shape
-        _, K, _, L = cache.shape
+        _, K, _, L = pages.shape
         G, itemsize = H // K, jnp.dtype(dtype).itemsize
         rows = _round_up(G, 8) if self.decode else G * self.tile
         block_rows = self.tile * _round_up(G, sublanes(dtype)) if self.decode else rows
         queries_and_outputs = 2 * 2 * K * block_rows * W * itemsize
-        keys_and_values = STAGES * self.chunk * K * L * jnp.dtype(cache.dtype).itemsize
+        scales = 2 * jnp.dtype(SCALE_DTYPE).itemsize if is_quantized(pages.dtype) else 0
+        keys_and_values = STAGES * self.chunk * K * (L * jnp.dtype(pages.dtype).itemsize + scales)
         sums = K * rows * (2 * LANES + W) * 4
-        scores = (2 + self.heads_at_once(K)) * rows * self.chunk * 4 + 2 * self.chunk * L * jnp.dtype(
-            cache.dtype
-        ).itemsize
+        scores = (2 + self.heads_at_once(K)) * rows * self.chunk * 4 + 2 * self.chunk * L * itemsize
         return queries_and_outputs + keys_and_values + sums + scores
 
 

@@ -1,9 +1,11 @@
 """Writes a step's keys and values into the cache, in place.
 
-A TPU moves whole tiles: the unit here is a strip, the rows of one tile of one page, over all heads. A strip is read,
-the step's rows are put in, and it is written back; many strips are under way at once.
+A TPU moves whole tiles: the unit here is a strip, one tile's tokens of one page, over all heads. A strip is read, the
+step's tokens are put in, and it is written back; many strips are under way at once. Tokens are rows of a tile, or, in
+the scales of an eight-bit cache, its lanes.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,41 +14,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu.layout import keep_in_hbm, pack_rows, sublanes
+from kernels_pallas.quantize import is_quantized, quantize
+from kernels_pallas.tpu.layout import LANES, keep_in_hbm, pack_rows, sublanes
 
 SLOTS = 16  # strips in VMEM; half of them being read, half being written
 
 
 class Strips(NamedTuple):
-    """Which strips change, all int32, and the rows that go in. The first `total` of n are real."""
+    """Which strips change, all int32, and what goes in. The first `total` of n are real."""
 
     total: jax.Array  # [1]
     block: jax.Array  # [n]
     strip: jax.Array  # [n], of the block
-    first: jax.Array  # [n], the step's rows are first..end-1 of the strip
+    first: jax.Array  # [n], the step's tokens are first..end-1 of the strip
     end: jax.Array  # [n]
-    fresh: jax.Array  # [n, K, rows of a strip or 1 for all, L]
+    fresh: jax.Array  # [n, tokens of a strip or 1 for all, K, L]
 
 
-def write_cache(k: jax.Array, v: jax.Array, cache: jax.Array, batch) -> jax.Array:
-    """k, v [T, K, D] into cache [B, K, N, L]; padding is left out."""
-    rows = pack_rows(k, v, cache.dtype)
-    strips = (_decode_strips if batch.decode_only else _strips)(rows, cache.shape[2], batch)
-    return _write(strips, cache)
+def write_cache(k: jax.Array, v: jax.Array, cache: tuple[jax.Array, ...], batch) -> tuple[jax.Array, ...]:
+    """k, v [T, K, D] into the pages and scales of a cache; padding is left out."""
+    pages, *scales = cache
+    if not is_quantized(pages.dtype):
+        return (_put(pack_rows(k, v, pages.dtype), pages, batch, height=sublanes(pages.dtype), axis=2),)
+    (k, k_scales), (v, v_scales) = (quantize(x, pages.dtype) for x in (k, v))
+    pages = _put(pack_rows(k, v, pages.dtype), pages, batch, height=sublanes(pages.dtype), axis=2)
+    both = jnp.stack([k_scales, v_scales], axis=-1)
+    return pages, _put(both, scales[0], batch, height=LANES, axis=3)
 
 
-def _decode_strips(rows: jax.Array, block_size: int, batch) -> Strips:
-    height = sublanes(rows.dtype)
+def _put(rows: jax.Array, cache: jax.Array, batch, *, height: int, axis: int) -> jax.Array:
+    """rows [T, K, L] into `cache`, whose `axis` is a page's tokens, in strips of `height` tokens."""
+    strips = (_decode_strips if batch.decode_only else _strips)(rows, height, cache.shape[axis], batch)
+    fresh = strips.fresh
+    if axis == 3:  # a copy moves whole lanes
+        fresh = jnp.broadcast_to(fresh, (len(fresh), height, *fresh.shape[2:]))
+    return _write(strips._replace(fresh=jnp.moveaxis(fresh, 1, axis)), cache, height, axis)
+
+
+def _decode_strips(rows: jax.Array, height: int, block_size: int, batch) -> Strips:
     position = jnp.maximum(batch.kv_lens - 1, 0)
     block = jnp.take_along_axis(batch.block_tables, position[:, None] // block_size, axis=1)[:, 0]
     row = position % height
     strip = position % block_size // height
-    return Strips(batch.num_seqs[1:], block, strip, row, row + 1, rows[:, :, None])
+    return Strips(batch.num_seqs[1:], block, strip, row, row + 1, rows[:, None])
 
 
-def _strips(rows: jax.Array, block_size: int, batch) -> Strips:
+def _strips(rows: jax.Array, height: int, block_size: int, batch) -> Strips:
     """Strips in the order of sequences; a sequence of q tokens touches at most q / height + 2."""
-    height = sublanes(rows.dtype)
     T, S = rows.shape[0], batch.kv_lens.shape[0]
     new = batch.cu_q_lens[1:] - batch.cu_q_lens[:-1]
     start = batch.kv_lens - new
@@ -65,15 +79,14 @@ def _strips(rows: jax.Array, block_size: int, batch) -> Strips:
         strip=row % block_size // height,
         first=jnp.maximum(start[seq] - row, 0),
         end=jnp.minimum(batch.kv_lens[seq] - row, height),
-        fresh=fresh.swapaxes(1, 2),
+        fresh=fresh,
     )
 
 
-@jax.jit
-def _write(strips: Strips, cache: jax.Array) -> jax.Array:
-    _, K, _, L = cache.shape
-    height = sublanes(cache.dtype)
-    n, _, fresh_height, _ = strips.fresh.shape
+@partial(jax.jit, static_argnames=("height", "axis"))
+def _write(strips: Strips, cache: jax.Array, height: int, axis: int) -> jax.Array:
+    strip = tuple(height if i == axis else size for i, size in enumerate(cache.shape))[1:]
+    n, *fresh = strips.fresh.shape
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=5,
@@ -81,14 +94,14 @@ def _write(strips: Strips, cache: jax.Array) -> jax.Array:
         in_specs=[in_hbm, in_hbm],
         out_specs=in_hbm,
         scratch_shapes=[
-            pltpu.VMEM((SLOTS, K, height, L), cache.dtype),
-            pltpu.VMEM((SLOTS, K, fresh_height, L), cache.dtype),
+            pltpu.VMEM((SLOTS, *strip), cache.dtype),
+            pltpu.VMEM((SLOTS, *fresh), cache.dtype),
             pltpu.SemaphoreType.DMA((3, SLOTS)),
         ],
     )
-    moved = n * K * (2 * height + fresh_height) * L * cache.dtype.itemsize
+    moved = n * (2 * math.prod(strip) + math.prod(fresh)) * cache.dtype.itemsize
     return pl.pallas_call(
-        partial(_kernel, height=height),
+        partial(_kernel, height=height, axis=axis),
         grid_spec=grid_spec,
         out_shape=jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         input_output_aliases={6: 0},
@@ -99,13 +112,13 @@ def _write(strips: Strips, cache: jax.Array) -> jax.Array:
 
 
 def _kernel(
-    count_ref, block_ref, strip_ref, first_ref, end_ref, fresh_ref, _, cache_ref, strips, fresh, sems, *, height
+    count_ref, block_ref, strip_ref, first_ref, end_ref, fresh_ref, _, cache_ref, strips, fresh, sems, *, height, axis
 ):
     count = count_ref[0]
 
     def place(i):
-        row = pl.multiple_of(strip_ref[i] * height, height)
-        return cache_ref.at[block_ref[i], :, pl.ds(row, height)]
+        tokens = pl.ds(pl.multiple_of(strip_ref[i] * height, height), height)
+        return cache_ref.at[(block_ref[i], *[slice(None)] * (axis - 1), tokens)]
 
     def reads(i):
         slot = i % SLOTS
@@ -140,8 +153,8 @@ def _kernel(
         for copy in reads(i):
             copy.wait()
         slot = i % SLOTS
-        row = jax.lax.broadcasted_iota(jnp.int32, strips.shape[1:], 1)
-        is_fresh = (row >= first_ref[i]) & (row < end_ref[i])
+        token = jax.lax.broadcasted_iota(jnp.int32, strips.shape[1:], axis - 1)
+        is_fresh = (token >= first_ref[i]) & (token < end_ref[i])
         strips[slot] = jnp.where(is_fresh, fresh[slot], strips[slot])
         write(i).start()
 

@@ -36,22 +36,23 @@ def compile_for(generation: str, function, *arguments, donate: tuple[int, ...]):
 
 def copies_of(text: str, shape: jax.ShapeDtypeStruct) -> list[str]:
     """The instructions of a compiled module that make another array of `shape`, whatever its layout."""
-    dtype = {"bfloat16": "bf16", "float32": "f32"}[shape.dtype.name]
+    dtype = {"bfloat16": "bf16", "float32": "f32", "int8": "s8", "float8_e4m3fn": "f8e4m3fn"}[shape.dtype.name]
     array = re.escape(f"{dtype}[{','.join(map(str, shape.shape))}]")
     made = re.compile(rf"= \(?{array}.* (copy|copy-start|transpose|fusion|dynamic-update-slice|scatter|broadcast)\(")
     return [line.strip() for line in text.splitlines() if made.search(line)]
 
 
 def compile_attention(
-    generation, H, K, D, N, *, T, S, P, dtype="bfloat16", sinks=False, decode_only=False, donated=True, **options
-):
+    generation, H, K, D, N, *, T, S, P, dtype="bfloat16", cache_dtype=None, sinks=False, decode_only=False,
+    donated=True, **options,
+):  # fmt: skip
     """Returns one layer's compiled step and the shape of its cache."""
 
     def array(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
-    cache = cache_shape(2000, N, K, D, dtype, backend="mosaic_tpu")
+    cache = cache_shape(2000, N, K, D, cache_dtype or dtype, backend="mosaic_tpu")
     q, k, v = (array((T, heads, D), dtype) for heads in (H, K, K))
 
     def step(q, k, v, cache, batch, sinks):
@@ -63,10 +64,10 @@ def compile_attention(
     return compile_for(generation, step, q, k, v, cache, batch, logits, donate=(3,) if donated else ()), cache
 
 
-def vmem_estimate(H, K, D, N, *, T, dtype="bfloat16", decode_only=False, **_) -> int:
+def vmem_estimate(H, K, D, N, *, T, dtype="bfloat16", cache_dtype=None, decode_only=False, **_) -> int:
     shape = (T, H, Layout(D).key_lanes)
-    cache = cache_shape(2000, N, K, D, dtype, backend="mosaic_tpu")
-    return Blocks.choose(shape, jnp.dtype(dtype), cache, decode=decode_only).vmem_bytes(shape, jnp.dtype(dtype), cache)
+    pages, *_ = cache_shape(2000, N, K, D, cache_dtype or dtype, backend="mosaic_tpu")
+    return Blocks.choose(shape, jnp.dtype(dtype), pages, decode=decode_only).vmem_bytes(shape, jnp.dtype(dtype), pages)
 
 
 def report(generation: str, *, vmem: float = 0.0, **case) -> dict:
@@ -82,9 +83,9 @@ def report(generation: str, *, vmem: float = 0.0, **case) -> dict:
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
         "kernels": sorted(n for n in ("attend_decodes", "attend_prompts", "write_cache") if n in text),
-        "copies": copies_of(text, cache),
+        "copies": [line for array in cache for line in copies_of(text, array)],
         "temporary": memory.temp_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes / (cache.size * cache.dtype.itemsize),
+        "aliased": memory.alias_size_in_bytes / sum(x.size * x.dtype.itemsize for x in cache),
         "seconds": time.monotonic() - begin,
     }
 

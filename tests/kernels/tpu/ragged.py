@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import AttentionBatch
+from kernels_pallas import AttentionBatch, quantize
 from kernels_pallas.tpu.layout import Layout
 
 
@@ -23,13 +23,14 @@ class Sizes:
     T: int
     S: int
     dtype: str = "float32"
+    cache_dtype: str = ""  # of eight bits, or empty: dtype
 
 
 class Case(NamedTuple):
     q: jax.Array  # [T, H, D]
     k: jax.Array  # [T, K, D]
     v: jax.Array  # [T, K, D]
-    cache: tuple[jax.Array, jax.Array]  # [B, K, N, D]
+    cache: tuple[jax.Array, ...]  # the reference's: [B, K, N, D], and scales [B, K, N]
     batch: AttentionBatch
 
 
@@ -63,7 +64,12 @@ def make_case(rng: np.random.Generator, sizes: Sizes, lens: list[tuple[int, int]
         jnp.asarray([num_decodes, len(lens)], jnp.int32),
         decode_only=num_decodes == len(lens) and T == S,
     )
-    return Case(q, k, v, (keys, values), batch)
+    cache = (keys, values)
+    if sizes.cache_dtype:
+        stored, scales = zip(*(quantize(x, sizes.cache_dtype) for x in cache), strict=True)
+        is_filled = filled[:, None, :]  # int8 has no NaN; the scales do
+        cache = (*stored, *(jnp.where(is_filled, x, jnp.nan) for x in scales))
+    return Case(q, k, v, cache, batch)
 
 
 def random_lens(rng: np.random.Generator, sizes: Sizes, num_decodes: int, num_prompts: int) -> list[tuple[int, int]]:
@@ -78,12 +84,14 @@ def random_lens(rng: np.random.Generator, sizes: Sizes, num_decodes: int, num_pr
     return lens
 
 
-def to_tpu(cache: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """[B, K, N, D] keys and values -> the TPU's pages."""
+def to_tpu(cache: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The reference's keys, values and scales -> the TPU's pages and scales."""
     half = Layout(cache[0].shape[-1]).row_lanes // 2
-    return jnp.concatenate([jnp.pad(x, ((0, 0),) * 3 + ((0, half - x.shape[-1]),)) for x in cache], axis=-1)
+    rows = [jnp.pad(x, ((0, 0),) * 3 + ((0, half - x.shape[-1]),)) for x in cache[:2]]
+    return jnp.concatenate(rows, axis=-1), *([jnp.stack(cache[2:], axis=2)] if cache[2:] else [])
 
 
-def from_tpu(cache: jax.Array, D: int) -> tuple[jax.Array, jax.Array]:
-    half = cache.shape[-1] // 2
-    return cache[..., :D], cache[..., half : half + D]
+def from_tpu(cache: tuple[jax.Array, ...], D: int) -> tuple[jax.Array, ...]:
+    pages, *scales = cache
+    half = pages.shape[-1] // 2
+    return pages[..., :D], pages[..., half : half + D], *(x[:, :, i] for x in scales for i in (0, 1))

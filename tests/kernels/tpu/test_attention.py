@@ -32,12 +32,18 @@ def check(case: Case, races, **options) -> None:
         ragged_paged_attention(*case[:3], to_tpu(case.cache), case.batch, backend="mosaic_tpu", **options)
     )
     assert not races()
-    expected, written = reference(*jax.tree.map(jnp.nan_to_num, case), backend="reference", **options)
+    zeros = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), case)
+    expected, written = reference(*zeros, backend="reference", **options)
     np.testing.assert_allclose(
         np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
     )
     for ours, theirs in zip(from_tpu(cache, case.q.shape[-1]), written, strict=True):
-        np.testing.assert_array_equal(jnp.nan_to_num(ours[1:]), theirs[1:])
+        np.testing.assert_array_equal(as_numbers(ours)[1:], as_numbers(theirs)[1:])
+
+
+def as_numbers(x: jax.Array) -> np.ndarray:
+    """float32, with zeros for what nothing was written to."""
+    return np.nan_to_num(np.asarray(x.astype(jnp.float32)))
 
 
 # H, K, D, N, P, type, options
@@ -51,11 +57,26 @@ FEW: list[tuple] = [
 
 @pytest.mark.parametrize(("H", "K", "D", "N", "P", "dtype", "options"), FEW, ids=str)
 def test_matches_the_reference(H, K, D, N, P, dtype, options, races):
+    check_steps(races, options, H=H, K=K, D=D, N=N, P=P, dtype=dtype)
+
+
+EIGHT_BITS = [
+    ("int8", 6, 2, 128, "float32", {"window": 150, "soft_cap": 4.0, "sinks": True}),
+    ("float8_e4m3fn", 9, 3, 64, "bfloat16", {}),
+]
+
+
+@pytest.mark.parametrize(("cache_dtype", "H", "K", "D", "dtype", "options"), EIGHT_BITS, ids=str)
+def test_matches_the_reference_in_eight_bits(cache_dtype, H, K, D, dtype, options, races):
+    check_steps(races, options, H=H, K=K, D=D, N=128, P=5, dtype=dtype, cache_dtype=cache_dtype)
+
+
+def check_steps(races, options, *, H, D, N, P, **shape):
     rng = np.random.default_rng(H * D + N)
-    sizes = Sizes(H, K, D, N, P, T=5, S=5, dtype=dtype)
+    sizes = Sizes(H=H, D=D, N=N, P=P, T=5, S=5, **shape)
     for lens in (random_lens(rng, sizes, 5, 0), [(N * P, 1), (1, 1)]):
         check(make_case(rng, sizes, lens, len(lens)), races, **options)
-    sizes = Sizes(H, K, D, N, P, T=150, S=7, dtype=dtype)
+    sizes = Sizes(H=H, D=D, N=N, P=P, T=150, S=7, **shape)
     for num_decodes, num_prompts in ((3, 3), (0, 4)):
         lens = random_lens(rng, sizes, num_decodes, num_prompts)
         check(make_case(rng, sizes, lens, num_decodes), races, **options)
@@ -70,6 +91,9 @@ def test_matches_the_reference_at_random(seed, races):
     D, N = int(rng.choice([16, 64, 80, 96, 128, 256])), int(rng.choice([16, 32, 64, 128]))
     P = int(rng.integers(2, 1500 // N))
     dtype = str(rng.choice(["float32", "bfloat16"]))
+    cache_dtype = str(rng.choice(["", "int8", "float8_e4m3fn"]))
+    if cache_dtype:
+        N, P = 128, int(rng.integers(2, 12))
     options: dict = {}
     if rng.random() < 0.5:
         options["window"] = int(rng.integers(1, N * P))
@@ -78,11 +102,11 @@ def test_matches_the_reference_at_random(seed, races):
     if rng.random() < 0.3:
         options["sinks"] = True
     S = int(rng.integers(2, 20))
-    sizes = Sizes(G * K, K, D, N, P, T=S, S=S, dtype=dtype)
+    sizes = Sizes(G * K, K, D, N, P, T=S, S=S, dtype=dtype, cache_dtype=cache_dtype)
     for num_decodes in (S, int(rng.integers(0, S))):
         lens = random_lens(rng, sizes, num_decodes, 0)
         check(make_case(rng, sizes, lens, num_decodes), races, **options)
-    sizes = Sizes(G * K, K, D, N, P, T=int(rng.integers(S + 5, 600)), S=S, dtype=dtype)
+    sizes = Sizes(G * K, K, D, N, P, T=int(rng.integers(S + 5, 600)), S=S, dtype=dtype, cache_dtype=cache_dtype)
     for _ in range(3):
         num_prompts = int(rng.integers(1, min(S, 5) + 1))
         num_decodes = int(rng.integers(0, S - num_prompts + 1))

@@ -19,6 +19,7 @@ GEMMA3_270M = {"H": 4, "K": 1, "D": 256, "N": 16}
 GEMMA3_4B = {"H": 8, "K": 4, "D": 256, "N": 64, "window": 1024}
 GPT_OSS = {"H": 64, "K": 8, "D": 64, "N": 32, "window": 128, "sinks": True}
 LLAMA_8B_SHARD = {"H": 4, "K": 1, "D": 128, "N": 128}
+EIGHT_BITS = [LLAMA_8B | {"N": 128, "cache_dtype": "int8"}, SMOLLM2 | {"N": 128, "cache_dtype": "float8_e4m3fn"}]
 DECODES = {"T": 64, "S": 64, "P": 128, "decode_only": True}
 PROMPTS = {"T": 1024, "S": 64, "P": 128}
 
@@ -46,6 +47,22 @@ def test_compiles(generation):
     check(generation, [LLAMA_8B | DECODES, SMOLLM2 | DECODES, GEMMA3_270M | PROMPTS])
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_compiles_in_eight_bits(generation):
+    llama, smollm2 = EIGHT_BITS
+    check(generation, [llama | DECODES, smollm2 | PROMPTS])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+def test_compiles_in_every_shape_in_eight_bits(generation, cache_dtype):
+    models = [LLAMA_8B, SMOLLM2, GEMMA3_270M, GEMMA3_4B, GPT_OSS, LLAMA_8B_SHARD]
+    steps = [DECODES, PROMPTS, DECODES | {"T": 256, "S": 256}]
+    check(generation, [m | step | {"N": 128, "cache_dtype": cache_dtype} for m in models for step in steps])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -64,7 +81,8 @@ def test_a_cache_that_is_not_donated_is_found_to_be_copied():
 
 def test_the_estimate_of_vector_memory_is_near_what_the_compiler_takes():
     """The block sizes keep to a budget of half the limit by this estimate, so what they choose is never refused."""
-    cases = [LLAMA_8B | DECODES, GEMMA3_270M | PROMPTS]
-    *enough, first, second = compile_all("v5e", [case | {"vmem": limit} for limit in (1.3, 0.5) for case in cases])
+    cases = [LLAMA_8B | DECODES, GEMMA3_270M | PROMPTS, EIGHT_BITS[0] | DECODES]
+    results = compile_all("v5e", [case | {"vmem": limit} for limit in (1.3, 0.5) for case in cases])
+    enough, too_little = results[: len(cases)], results[len(cases) :]
     assert all("refused" not in result for result in enough), enough
-    assert all("vmem" in result.get("refused", "") for result in (first, second)), (first, second)
+    assert all("vmem" in result.get("refused", "") for result in too_little), too_little
