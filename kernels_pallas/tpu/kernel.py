@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.tpu.layout import LANES, STAGES, VMEM_LIMIT, Blocks, keep_in_hbm
+from kernels_pallas.tpu.layout import LANES, STAGES, Blocks, keep_in_hbm, vmem_limit
 
 MASKED = -1e30  # finite, so that a fully masked row yields no NaN
 
@@ -95,7 +95,7 @@ def attend(
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=vmem_limit(),
             disable_bounds_checks=True,  # half the instructions that start a copy; the interpreter's tests check bounds
         ),
         cost_estimate=cost(batch, q, cache, options.window, blocks),

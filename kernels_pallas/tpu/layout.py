@@ -17,8 +17,8 @@ from kernels_pallas.attention import UnsupportedShapeError
 from kernels_pallas.quantize import SCALE_DTYPE, is_quantized
 
 LANES = 128  # of a vector register
-VMEM_LIMIT = 48 << 20  # bytes a kernel may use; every generation served here has 64 MiB or more
-VMEM_BUDGET = 24 << 20  # what the block sizes aim at: the rest is the compiler's own temporaries
+SMALLEST_VMEM = 64 << 20  # bytes, of a v5p: the least that a generation served here has
+LARGEST_VMEM_LIMIT = 48 << 20  # bytes: larger blocks than these need would gain nothing
 SMEM_LIMIT = 960 << 10  # bytes of block tables and lengths, of the 1 MiB of scalar memory
 STAGES = 4  # key/value buffers: one in use, the others on their way
 CHUNK_BYTES = 1 << 20  # of keys and values fetched at a time: 3 on their way cover the latency of HBM
@@ -78,6 +78,16 @@ def cache_shape(
     return (pages, scales) if is_quantized(dtype) else (pages,)
 
 
+def vmem_limit() -> int:
+    """Bytes of vector memory that a kernel may use: three quarters of the chip's, up to LARGEST_VMEM_LIMIT. Where the
+    device is no TPU (the interpreter, or a compilation that does not say for which chip), of the smallest."""
+    try:
+        capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        capacity = SMALLEST_VMEM
+    return min(capacity * 3 // 4, LARGEST_VMEM_LIMIT)
+
+
 def keep_in_hbm(cache: jax.Array) -> jax.Array:
     """For a kernel's operand: XLA would move an array that fits to VMEM and back, whole, around each kernel."""
     return pltpu.with_memory_space_constraint(cache, pltpu.HBM)
@@ -117,7 +127,8 @@ class Blocks:
 
     @classmethod
     def choose(cls, q_shape: tuple[int, int, int], dtype, pages: jax.ShapeDtypeStruct, *, decode: bool) -> "Blocks":
-        """The largest that fit the budget: chunks of about CHUNK_BYTES, tiles of about PROMPT_ROWS rows a head group.
+        """The largest that fit half of vmem_limit() (the rest is the compiler's own temporaries): chunks of about
+        CHUNK_BYTES, tiles of about PROMPT_ROWS rows a head group.
 
         q_shape: [T, H, key_lanes]. Tiles shrink first, as a chunk must be large enough for HBM's latency.
         """
@@ -131,7 +142,7 @@ class Blocks:
         else:
             tile = min(_power_of_two_up(T), max(16, _power_of_two(PROMPT_ROWS // (H // K))), 256)
         blocks = cls(max(tile, 1 if decode else 16), chunk, decode)
-        while blocks.vmem_bytes(q_shape, dtype, pages) > VMEM_BUDGET:
+        while blocks.vmem_bytes(q_shape, dtype, pages) > vmem_limit() // 2:
             if not decode and blocks.tile > 16:
                 blocks = cls(blocks.tile // 2, blocks.chunk, decode)
             elif blocks.chunk > unit:

@@ -75,7 +75,8 @@ def report(generation: str, *, vmem: float = 0.0, **case) -> dict:
     begin = time.monotonic()
     if vmem:
         jax.clear_caches()  # of traces with another limit
-        kernel.VMEM_LIMIT = int(vmem * vmem_estimate(**case))
+        limit = int(vmem * vmem_estimate(**case))
+        kernel.vmem_limit = lambda: limit
     try:
         compiled, cache = compile_attention(generation, **case)
     except jax.errors.JaxRuntimeError as error:
