@@ -32,6 +32,7 @@ FAMILIES = {
         | {"sliding_window": 8, "query_pre_attn_scalar": 8},
         [1, 4],
     ),
+    "eight-bit cache": (WIDE | {"num_key_value_heads": 2}, [1, 2, 4], {"kv_cache_dtype": "int8"}),
     "experts": (WIDE | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | EXPERTS, [1, 4]),
 }
 
@@ -43,10 +44,10 @@ DEFAULT = "few KV heads"  # than devices, and not
     "family", [DEFAULT, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != DEFAULT)]
 )
 def test_greedy_tokens_equal_one_device(family: str, tmp_path) -> None:
-    config, sizes = FAMILIES[family]
+    config, sizes, *options = FAMILIES[family]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.paged.greedy_by_devices", str(tmp_path)]
-    request = json.dumps({"config": config, "sizes": sizes})
+    request = json.dumps({"config": config, "sizes": sizes, **(options[0] if options else {})})
     done = subprocess.run([*command, request], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     one, *others = json.loads(done.stdout.splitlines()[-1]).values()
