@@ -37,7 +37,7 @@ class Checkpoint:
 
     config: ModelConfig
     generation_config: dict[str, Any]
-    source: TensorSource | OrbaxSource | None
+    source: TensorSource | None
     _load_tokenizer: Callable[[], FastTokenizer] | None
 
     @cached_property
@@ -53,8 +53,6 @@ class Checkpoint:
         """
         if self.source is None:
             return random_params(model, dtype, seed)
-        if isinstance(self.source, OrbaxSource):
-            return self.source.load_params(model, dtype)
         return load_params(model, self.source, dtype, progress=progress)
 
 

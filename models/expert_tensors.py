@@ -36,19 +36,22 @@ class ExpertTensors:
     def __init__(self, source: TensorSource, num_experts: int, *, gpt_oss: bool = False):
         self._source, self._num_experts, self._gpt_oss = source, num_experts, gpt_oss
         self._expert = lru_cache(maxsize=1)(self._read_expert)  # gate and up are read one after the other
-        self._readers: dict[str, Read] = {}
+        self._stored_as: dict[str, str] = {}
+        self._stacked: dict[str, Read] = {}
         for name in source.names:
             if stacked := _STACKED.fullmatch(name):
                 self._add_stack(name, *stacked.groups())
             else:
-                self._readers[_renamed(name)] = partial(source.read, name)
+                self._stored_as[_renamed(name)] = name
 
     @property
     def names(self) -> list[str]:
-        return list(self._readers)
+        return [*self._stored_as, *self._stacked]
 
-    def read(self, name: str) -> np.ndarray:
-        return self._readers[name]()
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        if name in self._stacked:
+            return self._stacked[name]()
+        return self._source.read(self._stored_as[name], out)
 
     def _add_stack(self, name: str, experts: str, projection: str, suffix: str | None) -> None:
         if suffix == "_scales":
@@ -59,10 +62,10 @@ class ExpertTensors:
         for n in range(self._num_experts):
             expert = partial(self._expert, name, n, suffix)
             if projection == "down_proj":
-                self._readers[f"{experts}.{n}.down_proj.{kind}"] = expert
+                self._stacked[f"{experts}.{n}.down_proj.{kind}"] = expert
             else:
-                self._readers[f"{experts}.{n}.gate_proj.{kind}"] = partial(self._half, expert, 0)
-                self._readers[f"{experts}.{n}.up_proj.{kind}"] = partial(self._half, expert, 1)
+                self._stacked[f"{experts}.{n}.gate_proj.{kind}"] = partial(self._half, expert, 0)
+                self._stacked[f"{experts}.{n}.up_proj.{kind}"] = partial(self._half, expert, 1)
 
     def _read_expert(self, name: str, n: int, suffix: str | None) -> np.ndarray:
         """One expert's matrix [out, in] or bias [out]."""

@@ -79,7 +79,7 @@ class GGUFSource:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """float32, as Hugging Face has it: the rows of Llama's queries and keys are put back from interleaved pairs to
         halves, and the 1 that Gemma's norms add to their weights is taken out of them."""
         import gguf

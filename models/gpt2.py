@@ -117,7 +117,7 @@ class GPT2Tensors:
     def names(self) -> list[str]:
         return list(self._stored_as)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         tensor = self._source.read(self._stored_as[name])
         is_linear = name.endswith(tuple(f"{linear}.weight" for linear in LINEARS.values()))
         return tensor.T if is_linear else tensor

@@ -33,8 +33,8 @@ class LatentTensors:
     def names(self) -> list[str]:
         return list(self._stored_as)
 
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._source.read(self._stored_as[name])
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        tensor = self._source.read(self._stored_as[name], out)
         latent = self._latent
         match name.split(".")[-2]:
             case "k_b_proj":

@@ -1,37 +1,46 @@
 """Checkpoints in this engine's own form: parameters as the model holds them, written by Orbax, and all else it takes to
-serve them. Nothing is renamed, fused or dequantized on load, and each device reads its own part of a sharded parameter.
+serve them. Nothing is renamed, joined or dequantized on load.
 
 A directory has a manifest, written last (format version, configuration, and the size of each file of weights),
-`params/`, which is Orbax's, and generation_config.json and a tokenizer as on the Hugging Face hub.
+`params/`, which is Orbax's, and generation_config.json and a tokenizer as on the Hugging Face hub. In `params/` each
+parameter is a zarr array (version 2) of one chunk that nothing compresses, so a file of the array's bytes and no more:
+Orbax restores it, and a start reads it without Orbax, as fast as the disk gives it.
 """
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from models.config import ModelConfig
-from models.layers import Dtype
-from models.registry import Params, from_stored, stored_shapes
+from models.raw_arrays import read_array
+from models.registry import Params
 
 MANIFEST = "paged_checkpoint.json"
-VERSION = 1  # of the directory's layout and of the trees of parameters; one more with each change to either
+VERSION = 2  # of the directory's layout and of the trees of parameters; one more with each change to either
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
+_DTYPES = {"<f4": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_PLAIN = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "dimension_separator": "."}
+
+
+class _Array(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class OrbaxSource:
-    """The parameters in a directory that `write_checkpoint` made.
+    """The parameters in a directory that `write_checkpoint` made, by their paths in the model, joined with dots.
 
     Raises:
-      ModuleNotFoundError: Orbax is not installed.
       ValueError: the directory is another program's, of another version, or not whole.
     """
 
@@ -53,30 +62,19 @@ class OrbaxSource:
             self.config: ModelConfig = _from_json(ModelConfig, config)
         except (TypeError, KeyError) as error:
             raise ValueError(f"{directory} has a configuration of another version ({error}): convert again") from error
-        _orbax()
+        self._arrays = _arrays(directory / "params")
 
-    def load_params(self, model: nn.Module, dtype: Dtype, shardings: Any = None) -> Params:
-        """The parameters of `model` in `dtype`: on its mesh or the default device, or as the pytree `shardings` says.
+    @property
+    def names(self) -> list[str]:
+        return list(self._arrays)
 
-        Raises:
-          ValueError: they are damaged, or not those of the model.
-        """
-        ocp = _orbax()
-        if shardings is None:
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shardings = jax.tree.map(lambda s: s.sharding or here, stored_shapes(model))
-        wanted = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, jnp.promote_types(dtype, s.dtype), sharding=sharding),
-            stored_shapes(model),
-            shardings,
-        )
-        restore = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """The parameter; in `out`, if that fits. Raises ValueError if it cannot be read."""
+        array = self._arrays[name]
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                params = checkpointer.restore((self.directory / "params").absolute(), restore)
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
-            raise ValueError(f"the weights in {self.directory} cannot be read: convert again ({error})") from error
-        return jax.block_until_ready(from_stored(params, model))
+            return read_array(array.file, 0, array.shape, array.dtype, out)
+        except (EOFError, OSError) as error:
+            raise ValueError(f"cannot read parameter {name}: {error}") from error
 
 
 def is_orbax(directory: Path) -> bool:
@@ -104,8 +102,9 @@ def write_checkpoint(
     partial = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)) as checkpointer:
             checkpointer.save(partial / "params", ocp.args.PyTreeSave(params))
+        _arrays(partial / "params")  # what Orbax wrote can be read
         if generation_config:
             (partial / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
         if tokenizer is not None:
@@ -129,10 +128,42 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 def _check_sizes(directory: Path, expected: Mapping[str, int]) -> None:
     found = _sizes(directory)
-    for name, size in expected.items():
-        if found.get(name) != size:
-            state = f"has {found[name]:,} bytes instead of {size:,}" if name in found else "is missing"
-            raise ValueError(f"{directory} is not whole: {name} {state}; copy or convert it again")
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            wrong = "is missing"
+        elif name not in expected:
+            wrong = "does not belong to it"
+        elif found[name] != expected[name]:
+            wrong = f"has {found[name]:,} bytes instead of {expected[name]:,}"
+        else:
+            continue
+        raise ValueError(f"{directory} is not as it was written: {name} {wrong}; copy or convert it again")
+
+
+def _arrays(params: Path) -> dict[str, _Array]:
+    """The arrays of a tree {"params": ...} that Orbax wrote without OCDBT, by name without the "params.".
+
+    Raises:
+      ValueError: one is not a single chunk as it is in memory.
+    """
+    return {path.parent.name.removeprefix("params."): _array(path) for path in sorted(params.glob("*/.zarray"))}
+
+
+def _array(path: Path) -> _Array:
+    """Of a `.zarray` file, which describes the zarr array in its directory."""
+    try:
+        meta = json.loads(path.read_text())
+        shape, chunks, dtype = tuple(meta["shape"]), tuple(meta["chunks"]), meta["dtype"]
+        plain = {key: meta[key] for key in _PLAIN}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: convert the model again") from error
+    if plain != _PLAIN or not shape or chunks != shape or dtype not in _DTYPES:
+        raise ValueError(f"{path.parent} is not a single chunk of plain float32 or bfloat16: convert the model again")
+    array = _Array(path.with_name(".".join("0" for _ in shape)), shape, _DTYPES[dtype])
+    size = math.prod(shape) * array.dtype.itemsize
+    if not array.file.is_file() or array.file.stat().st_size != size:
+        raise ValueError(f"{array.file} should have {size:,} bytes: convert the model again")
+    return array
 
 
 def _from_json(kind: Any, value: Any) -> Any:
@@ -154,6 +185,6 @@ def _orbax() -> Any:
         import orbax.checkpoint
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "reading or writing an Orbax checkpoint needs orbax: pip install orbax-checkpoint", name="orbax"
+            "writing an Orbax checkpoint needs orbax: pip install orbax-checkpoint", name="orbax"
         ) from None
     return orbax.checkpoint

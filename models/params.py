@@ -16,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 from models.layers import Dtype
-from models.parts import Part, Path, TensorSource, aligned_empty
-from models.registry import Params, canonical_source, param_shapes, stored_shapes, tensor_parts, where_is
+from models.orbax_checkpoint import OrbaxSource
+from models.parts import Part, Path, TensorSource
+from models.raw_arrays import aligned_empty
+from models.registry import Params, canonical_source, param_shapes, tensor_parts, where_is
 from models.sharding import Placement, in_device_order, place
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
@@ -32,19 +34,23 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     Raises:
       ValueError: a tensor is missing, unreadable, of another shape than the model's, or has no place in the model.
     """
-    shapes, stored = (flatten_dict(of(model)["params"]) for of in (param_shapes, stored_shapes))
-    parts, source = tensor_parts(model.config), canonical_source(source, model.config)
+    shapes = flatten_dict(param_shapes(model)["params"])
+    places = {path: where_is(path, shape, model) for path, shape in shapes.items()}
+    stored = {path: places[path].stored(shape.shape) for path, shape in shapes.items()}
+    if isinstance(source, OrbaxSource):
+        parts: dict[Path, tuple[Part, ...]] = {path: (Part(".".join(path)),) for path in shapes}
+    else:
+        parts, source = tensor_parts(model.config), canonical_source(source, model.config)
     _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
 
     def assemble(path: Path) -> np.ndarray:
-        return _assemble(source, parts[path], stored[path].shape, jnp.promote_types(dtype, stored[path].dtype))
+        return _assemble(source, parts[path], stored[path], jnp.promote_types(dtype, shapes[path].dtype))
 
     leaves = {}
-    total = sum(math.prod(s.shape) for s in stored.values()) * jnp.dtype(dtype).itemsize
+    total = sum(map(math.prod, stored.values())) * jnp.dtype(dtype).itemsize
     with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
         for path, host in zip(shapes, _one_ahead(assemble, shapes), strict=True):
-            where = where_is(path, shapes[path], model)
-            leaves[path] = jax.block_until_ready(place(host, where, model.compute.mesh))
+            leaves[path] = jax.block_until_ready(place(host, places[path], model.compute.mesh))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
 
@@ -94,13 +100,17 @@ def _assemble(source: TensorSource, parts: tuple[Part, ...], shape: tuple[int, .
     flat = joined.reshape(-1, *shape[joined_axes:])
     start = 0
     for part, count in zip(parts, rows, strict=True):
-        tensor = source.read(part.name)
+        target = flat[start : start + count]
+        tensor = source.read(part.name, target)
         needed = (count, *shape[joined_axes:])
         if tensor.shape != needed:
             raise ValueError(f"tensor {part.name} has shape {list(tensor.shape)}, but the model needs {list(needed)}")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(f"tensor {part.name} is stored as {tensor.dtype}, not as floating-point numbers")
         if len(parts) == 1 and tensor.dtype == dtype and tensor.flags.c_contiguous:
             return tensor.reshape(shape)
-        flat[start : start + count] = tensor
+        if tensor is not target:
+            target[...] = tensor
         start += count
     return joined
 

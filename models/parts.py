@@ -1,6 +1,5 @@
 """How a family says what its parameters are made of: its `tensor_parts(config)` gives {Path: (Part, ...)}."""
 
-import math
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
@@ -22,14 +21,7 @@ class TensorSource(Protocol):
     @property
     def names(self) -> Collection[str]: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, in whatever float dtype it is stored. Raises ValueError, naming it, if it cannot be read."""
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor, in whatever float dtype it is stored. A source that can reads it into `out`, and returns that, if
+        it has the tensor's shape and dtype. Raises ValueError, naming it, if it cannot be read."""
         ...
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """np.empty at a multiple of 64 bytes: such an array becomes a CPU device's as it is, without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)

@@ -1,20 +1,19 @@
 """From a configuration to the module that implements it, and what that is made of."""
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from kernels_pallas import AttentionBatch
 from kernels_pallas import attention_backend as resolve_backend
 from models.config import FAMILIES, ModelConfig, family_file
 from models.layers import Compute, Dtype
 from models.parts import Part, Path, TensorSource
-from models.sharding import Placement, check_divides, in_device_order, placement, sharded
+from models.sharding import Placement, check_divides, placement, sharded
 
 Params = dict[str, Any]
 
@@ -60,31 +59,6 @@ def param_shapes(model: nn.Module) -> Params:
     return {"params": unflatten_dict(placed)}
 
 
-def stored_shapes(model: nn.Module) -> Params:
-    """As `param_shapes`, of what a checkpoint holds: in its own order, each KV head once. Split as the model's
-    parameters are, where that is possible."""
-    shapes = flatten_dict(param_shapes(model)["params"])
-    for path, x in shapes.items():
-        where = where_is(path, x, model)
-        stored = jax.ShapeDtypeStruct(where.stored(x.shape), x.dtype)
-        is_even = where.axis is None or stored.shape[where.axis] % model.compute.shards == 0
-        shapes[path] = sharded(stored, model.compute.mesh, where.spec if is_even else PartitionSpec())
-    return {"params": unflatten_dict(shapes)}
-
-
 def where_is(path: Path, leaf: Any, model: nn.Module) -> Placement:
     """Of a parameter of the model, or its shape."""
     return placement(path, leaf.shape, model.config, model.compute.shards)
-
-
-def from_stored(params: Params, model: nn.Module) -> Params:
-    """Parameters of `stored_shapes` -> those of `param_shapes`, on the devices."""
-    if model.compute.shards == 1:
-        return params
-    leaves = flatten_dict(params["params"])
-    for path, shape in flatten_dict(param_shapes(model)["params"]).items():
-        order = partial(in_device_order, where=where_is(path, shape, model), shards=model.compute.shards)
-        stored = leaves[path]
-        donated = () if stored.shape != shape.shape else 0
-        leaves[path] = jax.jit(order, donate_argnums=donated, out_shardings=shape.sharding)(stored)
-    return {"params": unflatten_dict(leaves)}

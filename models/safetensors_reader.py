@@ -1,8 +1,8 @@
 """Reads a directory's safetensors, one file or several with an index, one tensor at a time."""
 
 import json
+import math
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.parts import aligned_empty
+from models.raw_arrays import read_array
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16),
-           "U8": np.dtype(np.uint8)}  # fmt: skip
-_READ = 64 << 20  # bytes in one read
+_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+           "BF16": np.dtype(ml_dtypes.bfloat16), "U8": np.dtype(np.uint8)}  # fmt: skip
 
 
 class SafetensorsSource:
@@ -35,40 +34,34 @@ class SafetensorsSource:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, by plain reads: those of a file mapped into memory take a page fault every few kilobytes."""
-        self._get(name, lambda file: file.get_slice(name))  # the library checks the file
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor; in `out`, if that fits."""
+        path, offset, dtype, shape = self._find(name)
+        return _read(name, path, offset, dtype, shape, out)
+
+    def read_row(self, name: str, index: int, of: int, out: np.ndarray | None = None) -> np.ndarray:
+        """tensor[index], without reading the others. Raises ValueError if the tensor has not `of` rows."""
+        path, offset, dtype, shape = self._find(name)
+        if not shape or shape[0] != of:
+            raise ValueError(f"tensor {name} has shape {list(shape)}, but the model needs {of} rows")
+        size = math.prod(shape[1:]) * dtype.itemsize
+        return _read(name, path, offset + index * size, dtype, shape[1:], out)
+
+    def _find(self, name: str) -> tuple[Path, int, np.dtype, tuple[int, ...]]:
+        """The tensor's file, where in it the tensor begins, its dtype and shape."""
         path = self.directory / self._file_of[name]
+        try:
+            self._open(self._file_of[name]).get_slice(name)  # the library checks the file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read tensor {name} of {path}: {error}") from error
         if path not in self._headers:
             self._headers[path] = _header(path)
         start, header = self._headers[path]
-        dtype, shape = _DTYPES.get(header[name]["dtype"]), tuple(header[name]["shape"])
-        if dtype is None:
-            return self._get(name, lambda file: file.get_tensor(name))
-        tensor = aligned_empty(shape, dtype)
-        with path.open("rb", buffering=0) as file:
-            file.seek(start + header[name]["data_offsets"][0])
-            rest = memoryview(tensor.reshape(-1).view(np.uint8))
-            while rest:
-                rest = rest[file.readinto(rest[:_READ]) or _ended(path, name) :]
-        return tensor
-
-    def read_row(self, name: str, index: int, of: int) -> np.ndarray:
-        """tensor[index], without reading the others. Raises ValueError if the tensor has not `of` rows."""
-
-        def row(file: Any) -> np.ndarray:
-            tensor = file.get_slice(name)
-            if (shape := tensor.get_shape())[0] != of:
-                raise ValueError(f"tensor {name} has shape {shape}, but the model needs {of} rows")
-            return tensor[index]
-
-        return self._get(name, row)
-
-    def _get(self, name: str, get: Callable[[Any], np.ndarray]) -> np.ndarray:
-        try:
-            return get(self._open(self._file_of[name]))
-        except (SafetensorError, TypeError, OSError) as error:
-            raise ValueError(f"cannot read tensor {name} of {self.directory / self._file_of[name]}: {error}") from error
+        info = header[name]
+        if info["dtype"] not in _DTYPES:
+            supported = ", ".join(_DTYPES)
+            raise ValueError(f"tensor {name} is stored as {info['dtype']}, which is not supported; {supported} are")
+        return path, start + info["data_offsets"][0], _DTYPES[info["dtype"]], tuple(info["shape"])
 
     def _from_index(self) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads((self.directory / INDEX).read_text())["weight_map"]
@@ -103,15 +96,20 @@ class SafetensorsSource:
         return self._files[file]
 
 
+def _read(
+    name: str, path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...], out: np.ndarray | None
+) -> np.ndarray:
+    try:
+        return read_array(path, offset, shape, dtype, out)
+    except (EOFError, OSError) as error:
+        raise ValueError(f"cannot read tensor {name}: {error}") from error
+
+
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the tensors' bytes begin, and what the file says of each."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         return 8 + size, json.loads(file.read(size))
-
-
-def _ended(path: Path, name: str) -> int:
-    raise ValueError(f"cannot read tensor {name} of {path}: the file ended early")
 
 
 def _first_cut_tensor(path: Path) -> str:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -76,15 +78,23 @@ def test_another_dtype_is_cast_on_the_way(converted: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load(converted, jnp.bfloat16)[1], expected)
 
 
-def test_parameters_go_where_their_shardings_say(converted: Path) -> None:
-    checkpoint = open_checkpoint(str(converted))
-    model = build_model(checkpoint.config, dtype=jnp.float32)
-    mesh = jax.make_mesh((1,), ("tensor",))
-    split = jax.NamedSharding(mesh, jax.P("tensor"))
-    plain = checkpoint.load_params(model, jnp.float32)
-    params = checkpoint.source.load_params(model, jnp.float32, jax.tree.map(lambda _: split, plain))
-    assert all(leaf.sharding == split for leaf in jax.tree.leaves(params))
-    jax.tree.map(np.testing.assert_array_equal, params, plain)
+def test_orbax_restores_it(converted: Path) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore((converted / "params").absolute())
+    jax.tree.map(np.testing.assert_array_equal, restored["params"], load(FIXTURES / "llama3")[1])
+
+
+def test_a_start_does_without_orbax(converted: Path) -> None:
+    code = (
+        "import sys, jax.numpy as jnp; from models import build_model, open_checkpoint; "
+        "checkpoint = open_checkpoint(sys.argv[1]); "
+        "checkpoint.load_params(build_model(checkpoint.config, dtype=jnp.float32), jnp.float32, progress=False); "
+        "print([name for name in sys.modules if name.startswith(('orbax', 'tensorstore'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(converted)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 def test_an_existing_target_is_refused(converted: Path, capsys) -> None:
@@ -106,21 +116,62 @@ def fails(directory: Path, words: str, **options) -> None:
 
 def test_a_truncated_file_is_named(copied: Path) -> None:
     file = largest_file(copied)
-    os.truncate(file, file.stat().st_size // 2)
-    fails(copied, f"not whole: .*{file.name} has")
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    fails(copied, f"{file.relative_to(copied)} has {size // 2:,} bytes instead of {size:,}")
 
 
 def test_a_missing_file_is_named(copied: Path) -> None:
     file = largest_file(copied)
     file.unlink()
-    fails(copied, f"{file.name} is missing")
+    fails(copied, f"{file.relative_to(copied)} is missing")
 
 
-def test_damaged_weights_are_said_to_be_so(copied: Path) -> None:
-    for file in (copied / "params").rglob("manifest.ocdbt"):
-        file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(ValueError, match="cannot be read: convert again"):
-        load(copied)
+def test_a_file_too_many_is_named(copied: Path) -> None:
+    (largest_file(copied).parent / "1.0").write_bytes(b"more")
+    fails(copied, "/1.0 does not belong to it")
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_named(copied: Path) -> None:
+    checkpoint = open_checkpoint(str(copied))
+    os.truncate(largest_file(copied), 100)
+    with pytest.raises(ValueError, match=r"cannot read parameter .*bytes too early"):
+        checkpoint.load_params(build_model(checkpoint.config, dtype=jnp.float32), jnp.float32, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compressor": {"id": "zlib", "level": 1}},
+        {"chunks": [1, 48]},
+        {"dtype": ">f4"},
+        {"dtype": "<f8"},
+        {"order": "F"},
+        {"filters": [{"id": "delta"}]},
+        {"zarr_format": 3},
+        {"dimension_separator": "/"},
+    ],
+    ids=lambda change: "-".join(map(str, change)),
+)
+def test_arrays_that_are_not_plain_are_refused(copied: Path, change: dict) -> None:
+    meta = copied / "params" / "params.embed.embedding" / ".zarray"
+    rewrite(copied, meta, json.dumps(json.loads(meta.read_text()) | change))
+    fails(copied, r"params\.embed\.embedding is not a single chunk of plain")
+
+
+def test_a_shape_that_is_not_the_files_is_refused(copied: Path) -> None:
+    meta = copied / "params" / "params.embed.embedding" / ".zarray"
+    rewrite(copied, meta, json.dumps(json.loads(meta.read_text()) | {"shape": [4, 4], "chunks": [4, 4]}))
+    fails(copied, "should have 64 bytes")
+    rewrite(copied, meta, "{}")
+    fails(copied, "zarray is damaged")
+
+
+def rewrite(directory: Path, file: Path, text: str) -> None:
+    """A file of weights and, as it should be found out by what it says, its size in the manifest."""
+    file.write_text(text)
+    files = json.loads((directory / MANIFEST).read_text())["files"]
+    rewrite_manifest(directory, files=files | {str(file.relative_to(directory)): len(text)})
 
 
 def test_other_versions_are_refused(copied: Path) -> None:
@@ -145,5 +196,7 @@ def test_a_checkpoint_of_another_program_is_refused(copied: Path) -> None:
 def test_weights_of_another_model_are_refused(converted: Path) -> None:
     checkpoint = open_checkpoint(str(converted))
     other = open_checkpoint(str(FIXTURES / "qwen2"), skip_tokenizer=True)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint lacks 3 tensors that the model needs, such as layers_0\.attention"
+    ):
         checkpoint.load_params(build_model(other.config, dtype=jnp.float32), jnp.float32)
