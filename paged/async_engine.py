@@ -223,8 +223,8 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, listeners: Sequence[StatsListener] = (), parts: Parts | None = None):
         self.config = config
-        self._thread = EngineThread(config, listeners, parts)
-        self.info = info = self._thread.info
+        self.thread = EngineThread(config, listeners, parts)
+        self.info = info = self.thread.info
         self.tokenizer, self.vocab_size, self.max_model_len = info.tokenizer, info.vocab_size, info.max_model_len
         self.max_num_seqs, self.default_sampling_params = info.max_num_seqs, info.default_sampling_params
         self._ports: dict[asyncio.AbstractEventLoop, LoopPort] = {}
@@ -233,18 +233,24 @@ class AsyncEngine:
 
     @property
     def _engine(self) -> Engine:
-        return self._thread.engine
+        return self.thread.engine
 
     def generate(
-        self, prompt: list[int], params: SamplingParams, request_id: str, **options: Any
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[list[CompletionDelta]]:
         """As EngineClient.generate, in the running event loop."""
         if self._draining:
             raise EngineStoppedError("the engine is shutting down")
-        return self._client().generate(prompt, params, request_id, **options)
+        return self._client().generate(prompt, params, request_id, priority=priority, cache_salt=cache_salt)
 
     def health(self) -> Health:
-        return self._thread.health()
+        return self.thread.health()
 
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for the running ones, at most `timeout` seconds; False if some are left."""
@@ -259,7 +265,7 @@ class AsyncEngine:
     def shutdown(self) -> None:
         """Ends the thread after the current step; unfinished requests end with EngineStoppedError."""
         self._draining = True
-        self._thread.shutdown()
+        self.thread.shutdown()
 
     @property
     def _num_unfinished(self) -> int:
@@ -271,10 +277,10 @@ class AsyncEngine:
         with self._connecting:
             if loop not in self._ports:
                 for closed in [other for other in self._ports if other.is_closed()]:
-                    self._thread.disconnect(self._ports.pop(closed))
+                    self.thread.disconnect(self._ports.pop(closed))
                 port = self._ports[loop] = LoopPort(loop)
-                port.client = EngineClient(self.info, partial(self._thread.submit, port))
-                self._thread.connect(port)
+                port.client = EngineClient(self.info, partial(self.thread.submit, port))
+                self.thread.connect(port)
             client = self._ports[loop].client
         assert client is not None
         return client

@@ -5,7 +5,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from paged.errors import EngineStoppedError, RequestFailedError
 from paged.output_processor import OutputProcessor
@@ -62,6 +62,29 @@ class AbortRequest:
 
 
 Command = AddRequest | FinishCompletion | AbortRequest
+
+
+class TextEngine(Protocol):
+    """What makes text of requests: an EngineClient, or an AsyncEngine in its own process."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def default_sampling_params(self) -> dict[str, Any]: ...
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncGenerator[list[CompletionDelta]]: ...
 
 
 class Stream:

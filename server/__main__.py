@@ -1,88 +1,87 @@
-"""python -m server: an OpenAI-compatible endpoint over the engine."""
+"""python -m server: an OpenAI-compatible endpoint over the engine.
+
+The engine runs in this process. HTTP, JSON and the making of text are in others, its front ends, so that they never
+hold up a step.
+"""
 
 import asyncio
-import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
-
-from paged.cli import parse_args
 from paged.config import CacheArgs, EngineConfig, ModelArgs, RunnerArgs, SchedulerArgs
-from server.app import build_app
 from server.args import ServerArgs
-from server.service import Service
+from server.front_end import BACKLOG, CLOSE_SECONDS, set_up_logging
+from server.front_ends import FrontEnds
+from server.host import EngineHost
+
+if TYPE_CHECKING:
+    from paged.startup import Parts
 
 logger = logging.getLogger("server")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-CLOSE_SECONDS = 5  # for connections and the engine to close, once the requests are answered
 
 
-class HttpServer(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves the signals to `serve`, which drains first."""
-        yield
-
-
-async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket) -> int:
+async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket, parts: "Parts | None" = None) -> int:
     """Serves until a signal, or until the engine cannot be loaded; returns the exit status.
 
-    It listens from the start: while the engine loads, and while requests are being finished after a signal, there
-    is somebody to ask about health and readiness, and to send new requests away with a 503.
+    Its front ends listen from the start: while the engine loads, and while requests are being finished after a signal,
+    there is somebody to ask about health and readiness, and to send new requests away with a 503.
     """
-    service = Service(args, config)
-    http = HttpServer(
-        uvicorn.Config(
-            build_app(service),
-            lifespan="off",
-            log_config=None,
-            server_header=False,
-            timeout_graceful_shutdown=CLOSE_SECONDS,
-        )
-    )
+    host = EngineHost(args.served_model_name or config.model.model, config, parts)
+    front_ends = FrontEnds(args, config, host, listener)
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop)
-    logger.info("listening on %s:%d, loading %s", *listener.getsockname()[:2], config.model.model)
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
-    loading = asyncio.create_task(service.load())
-    stopping = asyncio.create_task(stop.wait())
-
-    await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    status = 1 if loading.done() and not announce(loading, listener) else 0
-    if status == 0:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        logger.info("draining: %d requests to answer, in at most %g s", service.num_in_flight, args.drain_timeout)
-        await service.drain()
-    stopped = await service.shutdown(CLOSE_SECONDS)  # ends what is left with an error, which is still sent
-    http.should_exit = True
-    await serving
-    if not stopped:
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, front_ends)
+    loading = asyncio.create_task(host.load())
+    try:
+        await front_ends.start()
+        logger.info("listening on %s:%d, loading %s", *listener.getsockname()[:2], config.model.model)
+        status = await run(host, front_ends, loading, stop, listener)
+        if status == 0:
+            in_flight = host.status_now().num_in_flight
+            logger.info("draining: %d requests to answer, in at most %g s", in_flight, args.drain_timeout)
+            await front_ends.drain()
+        stopped = await host.shutdown(CLOSE_SECONDS)  # ends what is left with an error, which is still sent
+        await front_ends.stop()
+    finally:
+        front_ends.kill()  # those that are left; what multiprocessing would send them, they ignore
+    if not stopped or not loading.done():
         exit_now(status)
     logger.info("stopped")
     return status
 
 
-def announce(loading: asyncio.Task[None], listener: socket.socket) -> bool:
-    """Says how loading ended; False if it failed."""
-    error = loading.exception()
-    if error is None:
-        host, port = listener.getsockname()[:2]
-        logger.info("ready on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        return True
-    logger.error("the engine could not be loaded: %s: %s", type(error).__name__, error)
-    logger.debug("it was raised here", exc_info=error)
-    return False
+async def run(
+    host: EngineHost, front_ends: FrontEnds, loading: asyncio.Task[None], stop: asyncio.Event, listener: socket.socket
+) -> int:
+    """Until there is a reason to end; returns the exit status."""
+    ends: set[asyncio.Future[Any]] = {asyncio.create_task(stop.wait()), front_ends.failed}
+    await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        if (error := loading.exception()) is not None:
+            logger.error("the engine could not be loaded: %s: %s", type(error).__name__, error)
+            logger.debug("it was raised here", exc_info=error)
+            return 1
+        gc.freeze()  # what start-up has left is no garbage: collections between steps need not look at it
+        await front_ends.open()
+        host_name, port = listener.getsockname()[:2]
+        logger.info("ready on http://%s:%d", f"[{host_name}]" if ":" in host_name else host_name, port)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if front_ends.failed.done():
+        logger.error("stopping: %s", front_ends.failed.result())
+        return 1
+    return 0
 
 
-def on_signal(stop: asyncio.Event) -> None:
+def on_signal(stop: asyncio.Event, front_ends: FrontEnds) -> None:
     if stop.is_set():
         logger.warning("second signal: exiting at once")
+        front_ends.kill()
         exit_now(1)
     stop.set()
 
@@ -99,20 +98,15 @@ def listen(host: str, port: int) -> socket.socket:
     """Exits with a message if the address cannot be had: before anything is loaded."""
     try:
         return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG
         )
     except OSError as e:
         sys.exit(f"cannot listen on {host}:{port}: {e.strerror}; choose another --host or --port")
 
 
-def set_up_logging(level: str) -> None:
-    """`level` is for this project's words; libraries only warn."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("server", "paged", "models", "uvicorn.access"):
-        logging.getLogger(name).setLevel(level.upper())
-
-
 def main() -> None:
+    from paged.cli import parse_args  # slow to import, and front ends import this file
+
     server, model, cache, scheduler, runner = parse_args(
         "python -m server",
         "Serves a language model over OpenAI's HTTP API.",

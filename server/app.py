@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from paged.errors import EngineStoppedError, InvalidRequestError, QueueFullError, RequestFailedError
 from server import chat, completions, tokens
 from server.endpoint import Handler, JsonEndpoint
@@ -66,7 +66,7 @@ class GenerationRoutes:
     def __init__(self, service: Service):
         self.service = service
 
-    async def complete(self, engine: AsyncEngine, body: bytes, headers: Headers) -> ASGIApp:
+    async def complete(self, engine: TextEngine, body: bytes, headers: Headers) -> ASGIApp:
         request, job = await off_loop(
             body, completions.prepare, self.service, engine, body, headers.get("x-request-id")
         )
@@ -77,7 +77,7 @@ class GenerationRoutes:
         events = stream_chunks(engine, job, request, completions.OBJECT, shape.chunks)
         return EventStream(events, self.service.refuse, id_header)
 
-    async def chat(self, engine: AsyncEngine, body: bytes, headers: Headers) -> ASGIApp:
+    async def chat(self, engine: TextEngine, body: bytes, headers: Headers) -> ASGIApp:
         request, job = await off_loop(body, chat.prepare, self.service, engine, body, headers.get("x-request-id"))
         id_header = {"X-Request-Id": job.id}
         if not request.stream:
@@ -86,10 +86,10 @@ class GenerationRoutes:
         events = stream_chunks(engine, job, request, chat.CHUNK_OBJECT, shape.chunks)
         return EventStream(events, self.service.refuse, id_header)
 
-    async def tokenize(self, engine: AsyncEngine, body: bytes, headers: Headers) -> ASGIApp:
+    async def tokenize(self, engine: TextEngine, body: bytes, headers: Headers) -> ASGIApp:
         return JSONResponse(await off_loop(body, tokens.tokenize, self.service, engine, body))
 
-    async def detokenize(self, engine: AsyncEngine, body: bytes, headers: Headers) -> ASGIApp:
+    async def detokenize(self, engine: TextEngine, body: bytes, headers: Headers) -> ASGIApp:
         return JSONResponse(await off_loop(body, tokens.detokenize, self.service, engine, body))
 
 
@@ -117,30 +117,33 @@ class StatusRoutes:
 
     async def health(self, request: Request) -> Response:
         """Is the process worth keeping? While the model is loading it is, and while it answers what it has."""
-        self.service.check_health()
+        await self.service.check_health()
         return JSONResponse({"status": self.service.phase})
 
     async def ready(self, request: Request) -> Response:
         """Should new requests come here?"""
         if self.service.phase != "ready":
             raise unavailable(f"The server is {self.service.phase}.", f"{self.service.phase}", retry_after=5)
-        self.service.check_health()
+        await self.service.check_health()
         return JSONResponse({"status": "ready"})
 
     async def load(self, request: Request) -> Response:
         """Requests that are being answered here, and what of them is in the engine."""
-        health = self.service.engine.health()
+        status = await self.service.host.status()
+        if status.health is None:
+            raise unavailable("The model is still being loaded: try again soon.", "loading", retry_after=5)
         return JSONResponse(
             {
-                "server_load": self.service.num_in_flight,
-                "num_requests_running": health.num_running,
-                "num_requests_waiting": health.num_waiting,
-                "kv_cache_usage_perc": self.service.metrics.kv_cache_usage,
+                "server_load": status.num_in_flight,
+                "num_requests_running": status.health.num_running,
+                "num_requests_waiting": status.health.num_waiting,
+                "kv_cache_usage_perc": status.kv_cache_usage,
             }
         )
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        page = await self.service.host.metrics_page()
+        return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": package_version()})

@@ -14,6 +14,7 @@ class ServerArgs:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
     port: int = option(8000, "port to listen on; 0 picks a free one")
+    api_server_count: int | None = option(None, "processes for HTTP and text; none: 1 to 4, by processors")
     served_model_name: str | None = option(None, "name that requests call the model by; none: --model's value")
     chat_template: str | None = option(None, "file with the Jinja chat template; none: the model's own")
     api_key: tuple[str, ...] = option((), "keys that open every route but /health, /ready; none: open to all")
@@ -26,6 +27,7 @@ class ServerArgs:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", "must be in [0, 65535]")
+        require(self.api_server_count is None or self.api_server_count >= 1, "api_server_count", "must be at least 1")
         require(self.served_model_name != "", "served_model_name", "must not be empty")
         require(self.max_choices >= 1, "max_choices", "must be at least 1")
         require(self.max_body_bytes >= 1, "max_body_bytes", "must be at least 1")

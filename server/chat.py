@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from paged.async_engine import AsyncEngine
 from paged.chat import render_chat
+from paged.engine_client import TextEngine
 from paged.outputs import CompletionDelta, TokenLogprobs
 from server.checks import check_common, fit_context, job_id, sampling_params, truncated
 from server.errors import bad_request, shown
@@ -19,7 +19,7 @@ CHUNK_OBJECT = "chat.completion.chunk"
 ROLE = "assistant"
 
 
-def prepare(service: Service, engine: AsyncEngine, body: bytes, given_id: str | None) -> tuple[ChatRequest, Job]:
+def prepare(service: Service, engine: TextEngine, body: bytes, given_id: str | None) -> tuple[ChatRequest, Job]:
     """Everything before the engine: parse, check, render, tokenize. ApiError or InvalidRequestError."""
     request = ChatRequest.parse(body)
     service.check_model(request.model)
@@ -111,7 +111,7 @@ def part_text(part: Any, param: str) -> str:
 
 
 def render(
-    service: Service, engine: AsyncEngine, turns: Sequence[dict[str, str]], options: ChatTemplateOptions
+    service: Service, engine: TextEngine, turns: Sequence[dict[str, str]], options: ChatTemplateOptions
 ) -> list[int]:
     return render_chat(
         engine.tokenizer,
@@ -123,7 +123,7 @@ def render(
     )
 
 
-async def answer(engine: AsyncEngine, job: Job, request: ChatRequest) -> dict[str, Any]:
+async def answer(engine: TextEngine, job: Job, request: ChatRequest) -> dict[str, Any]:
     result = await collect(engine, job)
     shape = ChoiceShape(engine, job, request)
     body: dict[str, Any] = {
@@ -145,7 +145,7 @@ async def answer(engine: AsyncEngine, job: Job, request: ChatRequest) -> dict[st
 class ChoiceShape:
     """Answers as the entries of `choices`, whole or delta by delta."""
 
-    def __init__(self, engine: AsyncEngine, job: Job, request: ChatRequest):
+    def __init__(self, engine: TextEngine, job: Job, request: ChatRequest):
         self.job, self.request = job, request
         self.format = LogprobFormat(engine.tokenizer, request.return_tokens_as_token_ids)
         self._started: set[int] = set()

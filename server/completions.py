@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from paged.outputs import CompletionDelta, TokenLogprobs
 from server.checks import check_common, fit_context, job_id, sampling_params, truncated
 from server.errors import bad_request, shown
@@ -17,7 +17,7 @@ DEFAULT_MAX_TOKENS = 16
 OBJECT = "text_completion"
 
 
-def prepare(service: Service, engine: AsyncEngine, body: bytes, given_id: str | None) -> tuple[CompletionRequest, Job]:
+def prepare(service: Service, engine: TextEngine, body: bytes, given_id: str | None) -> tuple[CompletionRequest, Job]:
     """Everything before the engine: parse, check, tokenize. ApiError or InvalidRequestError."""
     request = CompletionRequest.parse(body)
     service.check_model(request.model)
@@ -60,9 +60,7 @@ def check_prompt(prompt: Any, param: str) -> str | list[int]:
     raise bad_request(f"`{param}` must be a string or a list of token ids, not {shown(prompt)}.", param, "invalid_type")
 
 
-def prepare_prompt(
-    service: Service, engine: AsyncEngine, request: CompletionRequest, prompt: str | list[int]
-) -> Prompt:
+def prepare_prompt(service: Service, engine: TextEngine, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
     if isinstance(prompt, str):
         service.check_text(engine, "prompt")
         whole = engine.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
@@ -106,7 +104,7 @@ def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
         raise bad_request(f"`{param}` has token ids outside the vocabulary, 0 to {vocab_size - 1}.", param)
 
 
-async def answer(engine: AsyncEngine, job: Job, request: CompletionRequest) -> dict[str, Any]:
+async def answer(engine: TextEngine, job: Job, request: CompletionRequest) -> dict[str, Any]:
     result = await collect(engine, job)
     shape = ChoiceShape(engine, job, request)
     choices = []
@@ -126,7 +124,7 @@ async def answer(engine: AsyncEngine, job: Job, request: CompletionRequest) -> d
 class ChoiceShape:
     """Completions as the entries of `choices`, whole or delta by delta."""
 
-    def __init__(self, engine: AsyncEngine, job: Job, request: CompletionRequest):
+    def __init__(self, engine: TextEngine, job: Job, request: CompletionRequest):
         self.job, self.request = job, request
         self.format = LogprobFormat(engine.tokenizer, request.return_tokens_as_token_ids)
         self._offsets: dict[int, int] = {}  # choice -> characters of the tokens so far; absent before its first delta

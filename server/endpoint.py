@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from server.errors import ApiError
 from server.service import Service
 
-Handler = Callable[[AsyncEngine, bytes, Headers], Awaitable[ASGIApp]]
+Handler = Callable[[TextEngine, bytes, Headers], Awaitable[ASGIApp]]
 
 
 class ClientGoneError(Exception):

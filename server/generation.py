@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from paged.errors import EngineStoppedError, RequestFailedError
 from paged.outputs import CompletionDelta, TokenLogprobs
 from paged.sampling_params import SamplingParams
@@ -40,7 +40,7 @@ class Job:
 Deltas = AsyncGenerator[list[tuple[int, CompletionDelta]]]  # (prompt, delta)
 
 
-async def run(engine: AsyncEngine, job: Job) -> Deltas:
+async def run(engine: TextEngine, job: Job) -> Deltas:
     """What the engine makes of a job, a step or more at a time.
 
     Closing it aborts what still runs. All prompts are submitted before the first item, so a refusal of any of
@@ -146,7 +146,7 @@ class Result:
     usage: "Usage"
 
 
-async def collect(engine: AsyncEngine, job: Job) -> Result:
+async def collect(engine: TextEngine, job: Job) -> Result:
     choices = [Choice() for _ in range(len(job.prompts) * job.n)]
     result = Result(choices, [None] * len(job.prompts), Usage(job))
     async with aclosing(run(engine, job)) as deltas:

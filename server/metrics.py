@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from paged.async_engine import AsyncEngine
 from paged.config import EngineConfig
 from paged.stats import FinishedRequestStats, StepStats
-from server.errors import ApiError
+
+if TYPE_CHECKING:  # brings jax with it
+    from paged.async_engine import AsyncEngine
 
 Buckets = tuple[float, ...]
 
@@ -107,7 +109,7 @@ class EngineMetrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def watch(self, engine: AsyncEngine) -> None:
+    def watch(self, engine: "AsyncEngine") -> None:
         """The gauges read this engine's health."""
         self._engine = engine
 
@@ -119,9 +121,9 @@ class EngineMetrics(Collector):
     def kv_cache_usage(self) -> float:
         return self._kv_cache_usage
 
-    def count_error(self, error: ApiError) -> None:
+    def count_error(self, status: int, code: str) -> None:
         with self._lock:
-            self._errors[str(error.status), error.code] += 1
+            self._errors[str(status), code] += 1
 
     def on_step(self, stats: StepStats) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from paged.outputs import CompletionDelta
 from server.errors import ApiError
 from server.generation import Job, Usage, run
@@ -64,7 +64,7 @@ class ChunkWriter:
 
 
 async def stream_chunks(
-    engine: AsyncEngine, job: Job, request: GenerationRequest, object_name: str, to_chunks: ToChunks
+    engine: TextEngine, job: Job, request: GenerationRequest, object_name: str, to_chunks: ToChunks
 ) -> AsyncGenerator[bytes]:
     """One item for what came together; `to_chunks(prompt, delta)` gives a delta its route's shape."""
     usage = Usage(job)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from paged.async_engine import AsyncEngine
+from paged.engine_client import TextEngine
 from server.chat import plain_turn, render
 from server.completions import check_token_ids
 from server.errors import bad_request
@@ -10,7 +10,7 @@ from server.protocol import ChatTemplateOptions, DetokenizeRequest, TokenizeRequ
 from server.service import Service
 
 
-def tokenize(service: Service, engine: AsyncEngine, body: bytes) -> dict[str, Any]:
+def tokenize(service: Service, engine: TextEngine, body: bytes) -> dict[str, Any]:
     request = TokenizeRequest.parse(body)
     service.check_model(request.model)
     service.check_text(engine, "prompt")
@@ -34,7 +34,7 @@ def tokenize(service: Service, engine: AsyncEngine, body: bytes) -> dict[str, An
     }
 
 
-def detokenize(service: Service, engine: AsyncEngine, body: bytes) -> dict[str, Any]:
+def detokenize(service: Service, engine: TextEngine, body: bytes) -> dict[str, Any]:
     request = DetokenizeRequest.parse(body)
     service.check_model(request.model)
     service.check_text(engine, "tokens")

@@ -24,7 +24,7 @@ def service(tiny_model):
     service = Service(ServerArgs(max_step_age=0.2), config)
     asyncio.run(service.load())
     yield service
-    assert asyncio.run(service.shutdown(30))
+    assert asyncio.run(service.host.shutdown(30))
 
 
 def ask(service, *requests: tuple[str, str, dict | None]) -> list[httpx.Response]:
@@ -107,4 +107,4 @@ def test_an_engine_that_dies_makes_the_server_unhealthy(service, monkeypatch):
         assert "the thread's end" in error["message"]
         if not thread_ended:
             asked.set()
-            service.engine._thread.join()
+            service.engine.thread.join()
