@@ -75,6 +75,28 @@ def test_a_stop_string_is_found_in_a_front_end_and_frees_the_blocks(start):
     assert server.stop() == 0
 
 
+def test_a_front_end_that_stands_still_holds_up_nobody_and_loses_nothing(start):
+    server = start(*TWO)
+    expected = server.post("/v1/completions", ENDLESS | {"max_tokens": 1500}).json()["choices"][0]["text"]
+    streams = [Stream(server.url, 1500) for _ in range(3)]
+    for stream in streams:
+        stream.start()
+    assert all(stream.started.wait(60) for stream in streams)
+    still, _ = children(server)
+    os.kill(still, signal.SIGSTOP)
+    try:
+        assert server.post("/v1/completions", ENDLESS | {"max_tokens": 3}).status_code == 200
+        wait_for(lambda: is_idle(server), "the engine has finished everything")
+    finally:
+        os.kill(still, signal.SIGCONT)
+    for stream in streams:
+        stream.join(60)
+        *events, done = [line.removeprefix("data: ") for line in stream.lines]
+        assert done == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
+    assert server.stop() == 0
+
+
 def test_a_front_end_that_dies_is_replaced_and_its_requests_are_gone(start):
     server = start()
     [first] = children(server)
