@@ -16,7 +16,6 @@ from paged.engine_client import (
     AddRequest,
     Command,
     EngineClient,
-    EngineInfo,
     FinishCompletion,
     Health,
 )
@@ -49,15 +48,8 @@ class EngineThread:
     """
 
     def __init__(self, config: EngineConfig, listeners: Sequence[StatsListener] = (), parts: Parts | None = None):
-        self.engine = engine = Engine(config, listeners, parts)
-        self.info = EngineInfo(
-            tokenizer=engine.tokenizer,
-            vocab_size=engine.vocab_size,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.scheduler.max_num_seqs,
-            num_blocks=engine.ledger.num_blocks,
-            default_sampling_params=engine.default_sampling_params,
-        )
+        self.engine = Engine(config, listeners, parts)
+        self.info = self.engine.info
         self._inbox: queue.SimpleQueue[tuple[Port, Command] | Port | None] = queue.SimpleQueue()
         self._ports: set[Port] = set()
         self._stopped = self._closed = False

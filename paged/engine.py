@@ -12,6 +12,7 @@ import numpy as np
 
 from paged.compiler import CompileCounter
 from paged.config import EngineConfig
+from paged.engine_client import EngineInfo
 from paged.errors import InvalidRequestError
 from paged.output_processor import OutputProcessor
 from paged.outputs import CompletionDelta, FinishReason, RequestMetrics, StepOutput, TokenDelta, TokenScores
@@ -113,6 +114,18 @@ class Engine:
         if params.logprobs == -1:
             params = replace(params, logprobs=most)
         return replace(params, prompt_logprobs=most) if params.prompt_logprobs == -1 else params
+
+    @property
+    def info(self) -> EngineInfo:
+        """What clients elsewhere have to know."""
+        return EngineInfo(
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            num_blocks=self.ledger.num_blocks,
+            default_sampling_params=self.default_sampling_params,
+        )
 
     @property
     def default_sampling_params(self) -> dict[str, Any]:

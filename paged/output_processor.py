@@ -26,13 +26,11 @@ class OutputProcessor:
         self._num_cached_tokens = 0
 
     def extend(self, token_ids: list[int]) -> CompletionDelta:
-        """Of tokens that are neither the first nor the last, and have no logprobs."""
+        """Of tokens that are neither the first nor the last, and have no logprobs: nearly all there are."""
         text, token_ids = self._read(token_ids)
-        if self.stop_string is None:
-            return CompletionDelta(
-                self.request_id, self.index, text, token_ids, num_cached_tokens=self._num_cached_tokens
-            )
-        return self._stopped(text, token_ids)
+        if self.stop_string is not None:
+            return self._presented(text, token_ids, TokenDelta(token_ids))
+        return CompletionDelta(self.request_id, self.index, text, token_ids, num_cached_tokens=self._num_cached_tokens)
 
     def process(self, delta: TokenDelta) -> CompletionDelta:
         """Any delta. A token that ends the request is no text, unless include_stop_str_in_output."""
@@ -41,21 +39,25 @@ class OutputProcessor:
         token_ids, text = delta.token_ids, ""
         if delta.finish_reason != "stop" or self._include_stop:
             text, token_ids = self._read(token_ids)
-        if self.stop_string is not None:
-            return self._stopped(text, token_ids, delta)
-        if self._detokenizer is not None and delta.finish_reason is not None and delta.error is None:
+        is_last = delta.finish_reason is not None and delta.error is None
+        if self.stop_string is None and self._detokenizer is not None and is_last:
             text += self._detokenizer.finish()
+        return self._presented(text, token_ids, delta)
+
+    def _presented(self, text: str, token_ids: list[int], delta: TokenDelta) -> CompletionDelta:
+        """The delta, which reads as `text`; the last one where that ends with a stop string."""
+        stopped = self.stop_string is not None
         return CompletionDelta(
             self.request_id,
             self.index,
             text,
             token_ids,
             logprobs=self._logprobs(delta.scores),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason,
+            finish_reason="stop" if stopped else delta.finish_reason,
+            stop_reason=self.stop_string if stopped else delta.stop_reason,
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=self._logprobs(delta.prompt_scores),
-            error=delta.error,
+            error=None if stopped else delta.error,
             metrics=delta.metrics,
         )
 
@@ -70,21 +72,6 @@ class OutputProcessor:
             if self.stop_string is not None:
                 return text, token_ids[:count]
         return text, token_ids
-
-    def _stopped(self, text: str, token_ids: list[int], delta: TokenDelta | None = None) -> CompletionDelta:
-        delta = delta or TokenDelta(token_ids)
-        return CompletionDelta(
-            self.request_id,
-            self.index,
-            text,
-            token_ids,
-            logprobs=self._logprobs(delta.scores),
-            finish_reason="stop",
-            stop_reason=self.stop_string,
-            num_cached_tokens=self._num_cached_tokens,
-            prompt_logprobs=self._logprobs(delta.prompt_scores),
-            metrics=delta.metrics,
-        )
 
     def _logprobs(self, scores: Any) -> Any:
         """Of each position; None stays None."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
-from paged.config import EngineConfig
+from paged.config import EngineConfig, ModelArgs
 from paged.errors import InvalidRequestError
 from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
 from paged.packing import buckets
@@ -52,6 +52,16 @@ class Parts(NamedTuple):
     ledger: MemoryLedger
 
 
+def open_model(args: ModelArgs) -> Checkpoint:
+    return open_checkpoint(
+        args.model,
+        tokenizer=args.tokenizer,
+        revision=args.revision,
+        load_format=args.load_format,
+        skip_tokenizer=args.skip_tokenizer_init,
+    )
+
+
 def build(config: EngineConfig) -> Parts:
     """Loads, sizes and compiles.
 
@@ -61,13 +71,7 @@ def build(config: EngineConfig) -> Parts:
     begin = time.monotonic()
     args = config.model
     reserve_device_memory(config.cache.gpu_memory_utilization)
-    checkpoint = open_checkpoint(
-        args.model,
-        tokenizer=args.tokenizer,
-        revision=args.revision,
-        load_format=args.load_format,
-        skip_tokenizer=args.skip_tokenizer_init,
-    )
+    checkpoint = open_model(args)
     backend = attention_backend(config.runner.attention_backend)
     dtype = compute_dtype(args.dtype)
     try:

@@ -54,10 +54,7 @@ class Service:
     def admit(self) -> Iterator[TextEngine]:
         """The engine, for one request's time; ApiError 503 while it takes none."""
         engine = self.engine
-        if self.phase not in (
-            "loading",
-            "ready",
-        ):  # a front end has the engine a moment before all say that they are ready
+        if self.phase not in ("loading", "ready"):  # a front end has its engine a moment before all are ready
             raise unavailable("The server is shutting down: send this to another one.", "draining", retry_after=1)
         self._count_in_flight(+1)
         try:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.quantize import is_quantized, quantize
+from kernels_pallas.quantize import quantize
 from kernels_pallas.tpu.layout import LANES, keep_in_hbm, pack_rows, sublanes
 
 SLOTS = 16  # strips in VMEM; half of them being read, half being written
@@ -34,12 +34,11 @@ class Strips(NamedTuple):
 def write_cache(k: jax.Array, v: jax.Array, cache: tuple[jax.Array, ...], batch) -> tuple[jax.Array, ...]:
     """k, v [T, K, D] into the pages and scales of a cache; padding is left out."""
     pages, *scales = cache
-    if not is_quantized(pages.dtype):
-        return (_put(pack_rows(k, v, pages.dtype), pages, batch, height=sublanes(pages.dtype), axis=2),)
-    (k, k_scales), (v, v_scales) = (quantize(x, pages.dtype) for x in (k, v))
-    pages = _put(pack_rows(k, v, pages.dtype), pages, batch, height=sublanes(pages.dtype), axis=2)
-    both = jnp.stack([k_scales, v_scales], axis=-1)
-    return pages, _put(both, scales[0], batch, height=LANES, axis=3)
+    if scales:
+        (k, k_scales), (v, v_scales) = (quantize(x, pages.dtype) for x in (k, v))
+        both = jnp.stack([k_scales, v_scales], axis=-1)
+        scales = [_put(both, scales[0], batch, height=LANES, axis=3)]
+    return _put(pack_rows(k, v, pages.dtype), pages, batch, height=sublanes(pages.dtype), axis=2), *scales
 
 
 def _put(rows: jax.Array, cache: jax.Array, batch, *, height: int, axis: int) -> jax.Array:

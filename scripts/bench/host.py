@@ -14,7 +14,7 @@ from paged.async_engine import publish
 from paged.cli import parse_args
 from paged.config import EngineConfig, option, require
 from paged.engine import Engine
-from paged.engine_client import AddRequest, Command, EngineClient, EngineInfo
+from paged.engine_client import AddRequest, Command, EngineClient
 from paged.errors import InvalidRequestError
 from paged.outputs import StepOutput
 from paged.sampling_params import SamplingParams
@@ -77,11 +77,7 @@ class OneThread:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        info = EngineInfo(
-            engine.tokenizer, engine.vocab_size, engine.max_model_len, engine.scheduler.max_num_seqs,
-            engine.ledger.num_blocks, engine.default_sampling_params,
-        )  # fmt: skip
-        self.client = EngineClient(info, self._submit)
+        self.client = EngineClient(engine.info, self._submit)
         self.delivered: list[StepOutput] = []
 
     def _submit(self, command: Command) -> None:

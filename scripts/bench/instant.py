@@ -9,12 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from models import open_checkpoint
 from paged.config import EngineConfig
 from paged.memory import MemoryLedger
 from paged.runner import PackedStep, Runner, RunnerShape, StepHandle, variant_ranks
 from paged.sampler import SampleOutput
-from paged.startup import Parts, make_scheduler, runner_shape
+from paged.startup import Parts, make_scheduler, open_model, runner_shape
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,7 @@ def instant_parts(config: EngineConfig, step_seconds: float = 0.0, platform: str
     """What `paged.startup.build` would make for a `platform`, with a cache that holds every sequence at full length.
     Of the model only the configuration and the tokenizer are read."""
     args = config.model
-    checkpoint = open_checkpoint(
-        args.model,
-        tokenizer=args.tokenizer,
-        revision=args.revision,
-        load_format=args.load_format,
-        skip_tokenizer=args.skip_tokenizer_init,
-    )
+    checkpoint = open_model(args)
     shape = runner_shape(config, checkpoint, jnp.dtype("bfloat16"), platform)
     shape = replace(shape, num_blocks=shape.max_num_seqs * shape.blocks_per_seq + 1)
     max_model_len = args.max_model_len or checkpoint.config.max_position_embeddings

@@ -115,11 +115,6 @@ def ideal_seconds(
     return total
 
 
-def measure_ceilings(dtype: Any) -> Ceilings:
-    """Runs a copy and a matrix product on the default device, each larger and larger until it takes a while."""
-    return Ceilings(copy_bandwidth(), matmul_flops(dtype))
-
-
 def copy_bandwidth() -> float:
     """Bytes a second of adding one to an array in place: each byte is read and written."""
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
