@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from paged.config import CacheArgs, EngineConfig, ModelArgs, RunnerArgs, SchedulerArgs
 from server.args import ServerArgs
+from server.engine_host import EngineHost
 from server.front_end import BACKLOG, CLOSE_SECONDS, set_up_logging
-from server.front_ends import FrontEnds
-from server.host import EngineHost
+from server.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from paged.startup import Parts
@@ -33,23 +33,23 @@ async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket,
     there is somebody to ask about health and readiness, and to send new requests away with a 503.
     """
     host = EngineHost(args.served_model_name or config.model.model, config, parts)
-    front_ends = FrontEnds(args, config, host, listener)
+    supervisor = Supervisor(args, config, host, listener)
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, front_ends)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, stop, supervisor)
     loading = asyncio.create_task(host.load())
     try:
-        await front_ends.start()
+        await supervisor.start()
         logger.info("listening on %s:%d, loading %s", *listener.getsockname()[:2], config.model.model)
-        status = await run(host, front_ends, loading, stop, listener)
+        status = await run(host, supervisor, loading, stop, listener)
         if status == 0:
             in_flight = host.status_now().num_in_flight
             logger.info("draining: %d requests to answer, in at most %g s", in_flight, args.drain_timeout)
-            await front_ends.drain()
+            await supervisor.drain()
         stopped = await host.shutdown(CLOSE_SECONDS)  # ends what is left with an error, which is still sent
-        await front_ends.stop()
+        await supervisor.stop()
     finally:
-        front_ends.kill()  # those that are left; what multiprocessing would send them, they ignore
+        supervisor.kill()  # those that are left; what multiprocessing would send them, they ignore
     if not stopped or not loading.done():
         exit_now(status)
     logger.info("stopped")
@@ -57,10 +57,10 @@ async def serve(args: ServerArgs, config: EngineConfig, listener: socket.socket,
 
 
 async def run(
-    host: EngineHost, front_ends: FrontEnds, loading: asyncio.Task[None], stop: asyncio.Event, listener: socket.socket
+    host: EngineHost, supervisor: Supervisor, loading: asyncio.Task[None], stop: asyncio.Event, listener: socket.socket
 ) -> int:
     """Until there is a reason to end; returns the exit status."""
-    ends: set[asyncio.Future[Any]] = {asyncio.create_task(stop.wait()), front_ends.failed}
+    ends: set[asyncio.Future[Any]] = {asyncio.create_task(stop.wait()), supervisor.failed}
     await asyncio.wait({loading, *ends}, return_when=asyncio.FIRST_COMPLETED)
     if loading.done():
         if (error := loading.exception()) is not None:
@@ -68,20 +68,20 @@ async def run(
             logger.debug("it was raised here", exc_info=error)
             return 1
         gc.freeze()  # what start-up has left is no garbage: collections between steps need not look at it
-        await front_ends.open()
+        await supervisor.open()
         host_name, port = listener.getsockname()[:2]
         logger.info("ready on http://%s:%d", f"[{host_name}]" if ":" in host_name else host_name, port)
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    if front_ends.failed.done():
-        logger.error("stopping: %s", front_ends.failed.result())
+    if supervisor.failed.done():
+        logger.error("stopping: %s", supervisor.failed.result())
         return 1
     return 0
 
 
-def on_signal(stop: asyncio.Event, front_ends: FrontEnds) -> None:
+def on_signal(stop: asyncio.Event, supervisor: Supervisor) -> None:
     if stop.is_set():
         logger.warning("second signal: exiting at once")
-        front_ends.kill()
+        supervisor.kill()
         exit_now(1)
     stop.set()
 

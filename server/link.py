@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from paged.engine_client import Command, EngineClient, EngineInfo, Health
 from paged.errors import EngineStoppedError, InvalidRequestError, QueueFullError, RequestFailedError
 from paged.outputs import StepOutput
+from server.engine_host import EngineHost, Status
 from server.errors import ApiError
-from server.host import EngineHost, Status
 
 if TYPE_CHECKING:
     from paged.async_engine import EngineThread

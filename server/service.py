@@ -10,8 +10,8 @@ from typing import Literal
 from paged.config import EngineConfig
 from paged.engine_client import TextEngine
 from server.args import ServerArgs, read_text
+from server.engine_host import EngineHost, Host
 from server.errors import ApiError, bad_request, to_api_error, unavailable
-from server.host import EngineHost, Host
 
 logger = logging.getLogger(__name__)
 

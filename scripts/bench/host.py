@@ -19,7 +19,7 @@ from paged.errors import InvalidRequestError
 from paged.outputs import StepOutput
 from paged.sampling_params import SamplingParams
 from scripts.bench.engine_runs import ENGINE_GROUPS
-from scripts.bench.instant import instant_parts
+from scripts.bench.instant_device import instant_parts
 from scripts.bench.report import Report, machine, note, repeated
 from scripts.bench.workload import fixed
 

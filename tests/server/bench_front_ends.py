@@ -45,7 +45,7 @@ async def watch(seconds: float = 1.0) -> None:
 
 async def main() -> int:
     from paged.cli import parse_args
-    from scripts.bench.instant import instant_parts
+    from scripts.bench.instant_device import instant_parts
     from server.__main__ import listen, serve
     from server.front_end import set_up_logging
 

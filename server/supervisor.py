@@ -11,15 +11,15 @@ from multiprocessing.process import BaseProcess
 
 from paged.config import EngineConfig
 from server.args import ServerArgs
+from server.engine_host import EngineHost
 from server.front_end import CLOSE_SECONDS, run_front_end
-from server.host import EngineHost
 from server.link import FrontLink
 
 logger = logging.getLogger("server")
 MOST = 4  # unless asked for more
 
 
-class FrontEnds:
+class Supervisor:
     """Processes that share one listening socket.
 
     failed: set to what is wrong when one could not start; it is then time to stop.
