@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from models.config_defaults import DEFAULTS
 from models.experts_config import ExpertsConfig
 from models.latent_config import LatentConfig
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["linear", "llama3", "yarn", "factors"]
 
 # Architecture -> "file:module" under models/. Beside the Flax module the file has `hf_fields(architecture, config)`,
-# `tensor_parts(config)`; if its models come as GGUF, `gguf_fields(header, tensor_names)`; if its checkpoints come in
-# several layouts, `canonical_source(source, config)`.
+# for which models.config_defaults fills up `config`, and `tensor_parts(config)`; if its models come as GGUF,
+# `gguf_fields(header, tensor_names)`; if its checkpoints come in several layouts, `canonical_source(source, config)`.
 FAMILIES = {
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "llama:Llama",
@@ -44,9 +46,9 @@ class RopeScaling:
 
     Attributes:
       kind: "linear" (all frequencies / factor), "llama3" (low ones only, smoothly), "yarn" (arXiv 2309.00071),
-        or "factors" (each frequency has its own divisor, as GGUF files store Llama 3's scaling).
+        or "factors" (each frequency has its own divisor, as LongRoPE has, and GGUF files for Llama 3's scaling).
       factor: by how much the context is stretched.
-      original_context: tokens of the first training's context (llama3, yarn).
+      original_context: tokens of the first training's context (llama3, yarn, LongRoPE).
       low_freq_factor, high_freq_factor: llama3's band between stretched and kept wavelengths.
       beta_fast, beta_slow, truncate: yarn's band, in rotations, and whether it ends on whole dimensions.
       attention_factor: what cos and sin are multiplied by (yarn, factors).
@@ -69,6 +71,11 @@ class RopeScaling:
             raise ValueError(f"rope scaling factor must be positive, not {self.factor}")
         if self.kind in ("llama3", "yarn") and self.original_context <= 0:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings in config.json")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope type 'llama3' needs a high_freq_factor above its low_freq_factor of {self.low_freq_factor}, not "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +89,12 @@ class ModelConfig:
       max_position_embeddings: the context length in tokens.
       sliding_windows: one entry a layer: a token sees itself and the window - 1 tokens before it; None sees all.
       qkv_bias, out_bias: whether the attention's input and output projections have a bias.
+      mlp_bias: whether all projections of dense feed-forwards have one.
+      activation: of the gate of a feed-forward, or of a feed-forward without gate; "gelu_tanh" approximates "gelu".
       qk_norm: whether queries and keys are normalised by head before the rotary embedding (Qwen3).
       local_rope_theta: the rotary base of layers with a window, which then have no rope_scaling; None: as the others.
       attention_scale: what scores are multiplied by; None: 1 / sqrt(head_dim).
+      scale_by_layer: scores are also divided by the number of the layer, counted from 1 (GPT-2).
       attention_soft_cap, logits_soft_cap: x becomes cap * tanh(x / cap), for scores and for logits.
       attention_sinks: whether each head has a learned logit in the softmax's denominator (gpt-oss).
       experts: of the sparse layers; None: all feed-forward layers are dense.
@@ -108,10 +118,13 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     local_rope_theta: float | None = None
     attention_scale: float | None = None
+    scale_by_layer: bool = False
     attention_soft_cap: float | None = None
     logits_soft_cap: float | None = None
     attention_sinks: bool = False
@@ -158,6 +171,7 @@ class ModelConfig:
           ValueError: the architecture, or something that it is set to, is not supported, or a value is missing.
         """
         architecture = _architecture(config)
+        config = {**DEFAULTS[architecture], **config}
         return cls(architecture=architecture, **family_file(architecture).hf_fields(architecture, config))
 
     @classmethod

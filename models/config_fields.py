@@ -4,27 +4,48 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from models.config import RopeScaling
+from models.config import Activation, RopeScaling
 
 Fields = dict[str, Any]  # keywords of ModelConfig
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 WINDOWED = {"full_attention": False, "sliding_attention": True}
 
 
-def decoder_fields(config: Mapping[str, Any], *, quantizations: Collection[str] = ()) -> Fields:
-    """Of a config.json that names things as Llama's does: all but biases, norms and windows.
+def decoder_fields(
+    config: Mapping[str, Any],
+    *,
+    activation_key: str = "hidden_act",
+    partial_rotary: bool = False,
+    quantizations: Collection[str] = (),
+) -> Fields:
+    """Of a config.json that names things as Llama's does, with its defaults: all but biases, norms and windows.
+
+    Args:
+      activation_key: what config.json calls the feed-forward's activation.
+      partial_rotary: whether the family can turn a part of each head alone.
+      quantizations: methods that the family can read.
 
     Raises:
-      ValueError: a value is missing, or the weights are quantized otherwise than by one of `quantizations`.
+      ValueError: a value is missing or not supported, or the weights are quantized otherwise.
     """
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
         if method not in quantizations:
             raise ValueError(f"checkpoint is quantized ({method}); only float checkpoints and GGUF files are supported")
     num_heads = required(config, "num_attention_heads")
-    theta, scaling = rope(config.get("rope_parameters") or config.get("rope_scaling") or {}, config)
-    context = config.get("max_position_embeddings", 2048)
-    if scaling is not None and scaling.kind == "yarn":
-        context = max(context, int(scaling.original_context * scaling.factor))
+    head_dim = config.get("head_dim") or default_head_dim(config)
+    parameters = rope_parameters(config)
+    theta, scaling = rope(parameters, config)
+    part = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if part != 1 and not partial_rotary:
+        raise ValueError(f"config.json sets partial_rotary_factor to {part}; this architecture supports 1.0 only")
     return {
         "vocab_size": required(config, "vocab_size"),
         "hidden_size": required(config, "hidden_size"),
@@ -32,15 +53,34 @@ def decoder_fields(config: Mapping[str, Any], *, quantizations: Collection[str] 
         "num_layers": required(config, "num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": config.get("num_key_value_heads") or num_heads,
-        "head_dim": config.get("head_dim") or default_head_dim(config),
-        "max_position_embeddings": context,
+        "head_dim": head_dim,
+        "rotary_dim": int(head_dim * part) if part != 1 else None,
+        "max_position_embeddings": _context(required(config, "max_position_embeddings"), scaling),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "rms_norm_eps": config["rms_norm_eps"],
+        "activation": _activation(config, activation_key),
+        "tie_word_embeddings": bool(config["tie_word_embeddings"]),
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_ids": token_ids(config.get("eos_token_id")),
     }
+
+
+def _context(context: int, scaling: RopeScaling | None) -> int:
+    """YaRN extends it. LongRoPE is served with the short factors alone: past their context all keys would have to be
+    computed again with the long ones."""
+    if scaling is not None and scaling.kind == "yarn":
+        return max(context, int(scaling.original_context * scaling.factor))
+    if scaling is not None and scaling.kind == "factors":
+        return min(context, scaling.original_context)
+    return context
+
+
+def _activation(config: Mapping[str, Any], name: str) -> Activation:
+    value = config[name]
+    if value not in ACTIVATIONS:
+        raise ValueError(f"config.json sets {name} to {value!r}; supported are: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
 
 
 def token_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -77,41 +117,81 @@ def layer_windows(window: int | None, layer_types: Sequence[str]) -> tuple[int |
     """One window a layer, from config.json's sliding_window and layer_types."""
     unknown = sorted(set(layer_types) - set(WINDOWED))
     if unknown:
-        raise ValueError(f"layer types {', '.join(unknown)} are not supported")
+        raise ValueError(f"layer types {', '.join(unknown)} are not supported; supported are: {', '.join(WINDOWED)}")
+    if window is None and "sliding_attention" in layer_types:
+        raise ValueError("config.json has sliding_attention in layer_types, but no sliding_window that is switched on")
     return tuple(window if WINDOWED[kind] else None for kind in layer_types)
 
 
+def same_windows(architecture: str, config: Mapping[str, Any], window: int | None) -> tuple[int | None, ...]:
+    """The same in each layer; raises ValueError if layer_types says otherwise."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    if set(config.get("layer_types") or [kind]) != {kind}:
+        raise ValueError(f"config.json sets layer_types to others than {kind}, which {architecture} has in every layer")
+    return (window,) * required(config, "num_hidden_layers")
+
+
+def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As transformers 4 (rope_scaling) or 5 (rope_parameters) calls them."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
 def rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from rope_parameters or rope_scaling; `config` has what older files keep beside them."""
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    """theta and scaling, from `rope_parameters`; `config` has what older files keep beside them.
+
+    "dynamic" scaling begins past max_position_embeddings, which is as far as a model is served.
+    """
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ValueError("rope parameters that differ by layer type are not supported")
+    theta = float(parameters.get("rope_theta") or config["rope_theta"])
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind == "default":
-        if any(isinstance(value, Mapping) for value in parameters.values()):
-            raise ValueError("rope parameters that differ by layer type are not supported")
+    if kind in ("default", "dynamic"):
         return theta, None
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    original = (
+        config.get("original_max_position_embeddings")
+        or parameters.get("original_max_position_embeddings")
+        or required(config, "max_position_embeddings")
+    )
+    if kind == "longrope":
+        return theta, _longrope(parameters, original, required(config, "max_position_embeddings"))
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(
+            f"rope type {kind!r} is not supported; supported are: default, linear, dynamic, llama3, yarn, longrope"
+        )
+    factor = _rope_value(parameters, kind, "factor")
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=_rope_value(parameters, kind, "factor"))
+        return theta, RopeScaling(kind="linear", factor=factor)
     if kind == "llama3":
         return theta, RopeScaling(
             kind="llama3",
-            factor=_rope_value(parameters, kind, "factor"),
-            original_context=original or 0,
+            factor=factor,
+            original_context=original,
             low_freq_factor=_rope_value(parameters, kind, "low_freq_factor"),
             high_freq_factor=_rope_value(parameters, kind, "high_freq_factor"),
         )
-    if kind == "yarn":
-        factor = _rope_value(parameters, kind, "factor")
-        return theta, RopeScaling(
-            kind="yarn",
-            factor=factor,
-            original_context=original or config.get("max_position_embeddings", 0),
-            beta_fast=parameters.get("beta_fast") or 32.0,
-            beta_slow=parameters.get("beta_slow") or 1.0,
-            attention_factor=parameters.get("attention_factor") or _yarn_attention_factor(parameters, factor),
-            truncate=parameters.get("truncate", True),
-        )
-    raise ValueError(f"rope type {kind!r} is not supported; supported are: default, linear, llama3, yarn")
+    return theta, RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context=original,
+        beta_fast=parameters.get("beta_fast") or 32.0,
+        beta_slow=parameters.get("beta_slow") or 1.0,
+        attention_factor=parameters.get("attention_factor") or _yarn_attention_factor(parameters, factor),
+        truncate=parameters.get("truncate", True),
+    )
+
+
+def _longrope(parameters: Mapping[str, Any], original: int, context: int) -> RopeScaling:
+    """LongRoPE (arXiv 2402.13753) in the context that its short factors are for."""
+    if not parameters.get("short_factor"):
+        raise ValueError("rope type 'longrope' needs short_factor in config.json")
+    factor = parameters.get("factor") or context / original
+    return RopeScaling(
+        kind="factors",
+        factors=tuple(parameters["short_factor"]),
+        original_context=original,
+        attention_factor=parameters.get("attention_factor")
+        or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original)),
+    )
 
 
 def _yarn_attention_factor(parameters: Mapping[str, Any], factor: float) -> float | None:

@@ -19,7 +19,15 @@ from jax import lax
 from kernels_pallas import AttentionBatch, apply_rotary, latent_cache_shape, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
-from models.config_fields import Fields, decoder_fields, refuse_unless, required, yarn_magnitude
+from models.config_fields import (
+    Fields,
+    decoder_fields,
+    refuse_unless,
+    required,
+    rope_parameters,
+    same_windows,
+    yarn_magnitude,
+)
 from models.experts_config import ExpertsConfig
 from models.latent_config import LatentConfig
 from models.latent_tensors import LatentTensors
@@ -128,17 +136,9 @@ def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
         supported = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     else:
         supported = {"scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False}
-    refuse_unless(
-        architecture,
-        config,
-        hidden_act="silu",
-        attention_bias=False,
-        moe_layer_freq=1,
-        rope_interleave=True,
-        **supported,
-    )
+    refuse_unless(architecture, config, attention_bias=False, moe_layer_freq=1, rope_interleave=True, **supported)
     latent = LatentConfig(
-        query_rank=config.get("q_lora_rank"),
+        query_rank=config["q_lora_rank"],
         rank=required(config, "kv_lora_rank"),
         nope_dim=required(config, "qk_nope_head_dim"),
         rope_dim=required(config, "qk_rope_head_dim"),
@@ -147,6 +147,7 @@ def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     fields = decoder_fields({**config, "head_dim": latent.rank + latent.rope_dim})
     return fields | {
         "num_kv_heads": 1,
+        "sliding_windows": same_windows(architecture, config, None),
         "rotary_dim": latent.rope_dim,
         "attention_scale": _attention_scale(latent, config),
         "latent": latent,
@@ -155,21 +156,24 @@ def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
 
 
 def _experts(config: Mapping[str, Any], is_v3: bool, num_layers: int) -> ExpertsConfig:
-    method = config.get("topk_method", "greedy")
+    method = config["topk_method"]
     if not is_v3 and method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"config.json sets topk_method to {method!r}; supported are greedy and group_limited_greedy")
     has_groups = is_v3 or method == "group_limited_greedy"
+    shared = required(config, "n_shared_experts")
+    if shared < 1:
+        raise ValueError(f"config.json must set n_shared_experts to at least 1, not {shared}")
     return ExpertsConfig(
         count=required(config, "n_routed_experts"),
         chosen=required(config, "num_experts_per_tok"),
         intermediate_size=required(config, "moe_intermediate_size"),
-        layers=tuple(layer >= config.get("first_k_dense_replace", 3 if is_v3 else 0) for layer in range(num_layers)),
+        layers=tuple(layer >= required(config, "first_k_dense_replace") for layer in range(num_layers)),
         scoring="sigmoid" if is_v3 else "softmax",
-        normalise=is_v3 and bool(config.get("norm_topk_prob", True)),
-        scale=float(config.get("routed_scaling_factor", 2.5 if is_v3 else 1.0)),
+        normalise=is_v3 and bool(config["norm_topk_prob"]),
+        scale=float(config["routed_scaling_factor"]),
         groups=required(config, "n_group") if has_groups else 1,
         chosen_groups=required(config, "topk_group") if has_groups else 1,
-        shared=required(config, "n_shared_experts"),
+        shared=shared,
     )
 
 
@@ -177,7 +181,7 @@ def _attention_scale(latent: LatentConfig, config: Mapping[str, Any]) -> float:
     """1 / sqrt(width of a head's queries); where YaRN asks for it, it scales all their dimensions, not the rotary ones
     alone."""
     scale = (latent.nope_dim + latent.rope_dim) ** -0.5
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope_parameters(config)
     if (rope.get("rope_type") or rope.get("type") or "default") == "default" or not rope.get("mscale_all_dim"):
         return scale
     return scale * yarn_magnitude(rope["factor"], rope["mscale_all_dim"]) ** 2

@@ -6,13 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import AttentionBatch, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
-from models.layers import Compute, Embedding, LayerNorm, Linear
+from models.layers import ACTIVATIONS, Compute, Embedding, LayerNorm, Linear
 from models.parts import Part, Path, TensorSource
 from models.sharding import attend, unfuse
 
@@ -26,6 +27,7 @@ NORMS = {("attention_norm",): "ln_1", ("mlp_norm",): "ln_2"}
 
 class DecoderLayer(nn.Module):
     config: ModelConfig
+    attention_scale: float
     compute: Compute
 
     @nn.compact
@@ -37,12 +39,12 @@ class DecoderLayer(nn.Module):
         heads = tuple(y.reshape(-1, H, D) for y in unfuse(qkv, (E, E, E), self.compute.shards))
         y, cache = attend(
             ragged_paged_attention, self.compute.mesh, heads, (), cache, batch,
-            scale=D**-0.5, backend=self.compute.attention_backend,
+            scale=self.attention_scale, backend=self.compute.attention_backend,
         )  # fmt: skip
         x = x + Linear(E, self.compute, use_bias=True, name="out")(y.reshape(-1, E))
         y = LayerNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x)
-        y = nn.gelu(Linear(c.intermediate_size, self.compute, use_bias=True, name="up")(y), approximate=True)
-        return x + Linear(E, self.compute, use_bias=True, name="down")(y), cache
+        y = Linear(c.intermediate_size, self.compute, use_bias=True, name="up")(y)
+        return x + Linear(E, self.compute, use_bias=True, name="down")(ACTIVATIONS[c.activation](y)), cache
 
 
 class GPT2(llama.Llama):
@@ -52,9 +54,12 @@ class GPT2(llama.Llama):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.position = Embedding(c.max_position_embeddings, c.hidden_size, self.compute)
-        layer = nn.jit(DecoderLayer)
-        self.layers = [layer(c, self.compute) for _ in range(c.num_layers)]
+        layer, scale = nn.jit(DecoderLayer), c.attention_scale or c.head_dim**-0.5
+        scales = [scale / (i + 1 if c.scale_by_layer else 1) for i in range(c.num_layers)]
+        self.layers = [layer(c, scale, self.compute) for scale in scales]
         self.norm = LayerNorm(c.rms_norm_eps, self.compute.dtype)
+        if not c.tie_word_embeddings:
+            self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
@@ -65,23 +70,24 @@ class GPT2(llama.Llama):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer(x, cache, batch)
             written.append(cache)
-        return self.norm(x), tuple(written)
+        hidden = self.norm(x)
+        if self.is_initializing():
+            self.logits(hidden)
+        return hidden, tuple(written)
 
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
-    refuse_unless(
-        architecture,
-        config,
-        activation_function="gelu_new",
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-        tie_word_embeddings=True,
-    )
+    refuse_unless(architecture, config, add_cross_attention=False)
     config = {RENAMED.get(name, name): value for name, value in config.items()}
-    inner = config.get("n_inner") or 4 * required(config, "hidden_size")
-    return decoder_fields({"rms_norm_eps": 1e-5, **config, "intermediate_size": inner, "tie_word_embeddings": True})
+    inner = config["n_inner"] or 4 * required(config, "hidden_size")
+    fields = decoder_fields(
+        {**config, "intermediate_size": inner, "rope_theta": 10_000.0}, activation_key="activation_function"
+    )
+    return fields | {
+        "attention_scale": None if config["scale_attn_weights"] else 1.0,
+        "scale_by_layer": bool(config["scale_attn_by_inverse_layer_idx"]),
+    }
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
@@ -92,6 +98,8 @@ def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
         ("norm", "scale"): (Part("ln_f.weight"),),
         ("norm", "bias"): (Part("ln_f.bias"),),
     }
+    if not config.tie_word_embeddings:
+        parts["head", "kernel"] = (Part("lm_head.weight"),)
     for layer in range(config.num_layers):
         for leaf, named in (("kernel", LINEARS), ("scale", NORMS)):
             for path, name in named.items():

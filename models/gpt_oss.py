@@ -16,7 +16,6 @@ __all__ = ["Mixtral", "canonical_source", "hf_fields", "tensor_parts"]
 
 ROPE = {
     "rope_type": "yarn",
-    "rope_theta": 150_000.0,
     "factor": 32.0,
     "original_max_position_embeddings": 4096,
     "truncate": False,
@@ -25,29 +24,30 @@ ROPE = {
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
-    refuse_unless(architecture, config, hidden_act="silu")
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    config = {"head_dim": 64, "rope_theta": 150_000.0, "rms_norm_eps": 1e-5, **config, "rope_parameters": rope or ROPE}
+    chosen = required(config, "num_experts_per_tok")
+    refuse_unless(architecture, config, hidden_act="silu", experts_per_token=chosen)
+    if config.get("rope_parameters") is None:
+        config = {**config, "rope_parameters": ROPE}
     fields = decoder_fields(config, quantizations=("mxfp4",))
-    num_layers, bias = fields["num_layers"], bool(config.get("attention_bias", True))
+    num_layers, bias = fields["num_layers"], bool(config["attention_bias"])
     layer_types = config.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)
     ]
     experts = ExpertsConfig(
-        count=required({"num_local_experts": config.get("num_experts"), **config}, "num_local_experts"),
-        chosen=required({"num_experts_per_tok": config.get("experts_per_token"), **config}, "num_experts_per_tok"),
+        count=required(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        chosen=chosen,
         intermediate_size=fields["intermediate_size"],
         layers=(True,) * num_layers,
         scoring="softmax_over_chosen",
         bias=True,
-        swiglu_limit=float(config.get("swiglu_limit", 7.0)),
-        swiglu_alpha=float(config.get("swiglu_alpha", 1.702)),
+        swiglu_limit=float(config["swiglu_limit"]),
+        swiglu_alpha=float(config["swiglu_alpha"]),
     )
     return fields | {
         "qkv_bias": bias,
         "out_bias": bias,
         "attention_sinks": True,
-        "sliding_windows": layer_windows(config.get("sliding_window", 128), layer_types),
+        "sliding_windows": layer_windows(config["sliding_window"], layer_types),
         "experts": experts,
     }
 

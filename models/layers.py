@@ -1,7 +1,9 @@
 """The layers that every family is made of. Arrays: T tokens, E hidden width, H heads, D head size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -11,9 +13,15 @@ from jax import lax
 from jax.sharding import Mesh
 
 from kernels_pallas import rms_norm
-from models.config import ModelConfig, RopeScaling
+from models.config import Activation, ModelConfig, RopeScaling
 
 Dtype = jnp.dtype | type
+ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -192,5 +200,5 @@ def _yarn_frequencies(frequencies: np.ndarray, head_dim: int, theta: float, scal
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    kept = 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    kept = 1 - np.clip((np.arange(head_dim // 2) - low) / (high - low or 0.001), 0, 1)
     return frequencies * (kept + (1 - kept) / scaling.factor)

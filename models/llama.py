@@ -13,8 +13,16 @@ import jax.numpy as jnp
 
 from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention
 from models.config import ModelConfig
-from models.config_fields import Fields, decoder_fields, gguf_decoder_fields, layer_windows, refuse_unless
-from models.layers import Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
+from models.config_fields import (
+    Fields,
+    decoder_fields,
+    gguf_decoder_fields,
+    layer_windows,
+    refuse_unless,
+    required,
+    same_windows,
+)
+from models.layers import ACTIVATIONS, Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
 from models.sharding import attend, unfuse
 
@@ -23,6 +31,8 @@ Rotary = tuple[jax.Array, jax.Array]
 
 
 class Attention(nn.Module):
+    norm_offset: ClassVar[float] = 0.0  # added to the weights of q/k norm
+
     config: ModelConfig
     window: int | None
     compute: Compute
@@ -35,13 +45,14 @@ class Attention(nn.Module):
         norms = sinks = None
         if c.qk_norm:
             q_norm, k_norm = (NormScale(D, self.compute.dtype, name=name)() for name in ("q_norm", "k_norm"))
-            norms = QKNorm(q_norm, k_norm, c.rms_norm_eps)
+            norms = QKNorm(q_norm, k_norm, c.rms_norm_eps, self.norm_offset)
         if c.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (H,), self.compute.dtype).astype(jnp.float32)
         out, cache = attend(
             qkv_attention, self.compute.mesh, (qkv,), (rotary, norms), cache, batch,
             num_heads=H // self.compute.shards,
-            scale=D**-0.5, window=self.window, sinks=sinks, backend=self.compute.attention_backend,
+            scale=c.attention_scale or D**-0.5, window=self.window, soft_cap=c.attention_soft_cap, sinks=sinks,
+            backend=self.compute.attention_backend,
         )  # fmt: skip
         return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
@@ -54,12 +65,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        F = self.config.intermediate_size
-        gate, up = unfuse(Linear(2 * F, self.compute, name="gate_up")(x), (F, F), self.compute.shards)
-        return Linear(self.config.hidden_size, self.compute, name="down")(self.activation(gate) * up)
-
-    def activation(self, gate: jax.Array) -> jax.Array:
-        return nn.silu(gate)
+        c, F = self.config, self.config.intermediate_size
+        gate_up = Linear(2 * F, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
+        gate, up = unfuse(gate_up, (F, F), self.compute.shards)
+        y = ACTIVATIONS[c.activation](gate) * up
+        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down")(y)
 
 
 class DecoderLayer(nn.Module):
@@ -86,6 +96,7 @@ class Llama(nn.Module):
     """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`."""
 
     decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
+    norm_offset: ClassVar[float] = 0.0  # added to the weights of the last norm
 
     config: ModelConfig
     compute: Compute
@@ -94,7 +105,7 @@ class Llama(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.layers = self.decoder_layers()
-        self.norm = RMSNorm(c.rms_norm_eps, self.compute.dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, self.compute.dtype, self.norm_offset)
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
@@ -139,30 +150,32 @@ class Llama(nn.Module):
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
-    refuse_unless(architecture, config, hidden_act="silu", mlp_bias=False, partial_rotary_factor=1.0)
-    is_qwen2, is_qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
-    if is_qwen3 and config.get("head_dim") is None:
-        config = {**config, "head_dim": 128}
-    attention_bias = bool(config.get("attention_bias", False))
+    is_llama, is_qwen2 = architecture == "LlamaForCausalLM", architecture == "Qwen2ForCausalLM"
+    if not is_llama:
+        refuse_unless(architecture, config, mlp_bias=False)
+    if architecture == "MistralForCausalLM":
+        refuse_unless(architecture, config, attention_bias=False)
+    attention_bias = bool(config["attention_bias"])
     return decoder_fields(config) | {
         "qkv_bias": is_qwen2 or attention_bias,
         "out_bias": attention_bias and not is_qwen2,
-        "qk_norm": is_qwen3,
+        "mlp_bias": is_llama and bool(config["mlp_bias"]),
+        "qk_norm": architecture == "Qwen3ForCausalLM",
         "sliding_windows": _sliding_windows(architecture, config),
     }
 
 
 def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Mistral slides in every layer, Qwen, if switched on, past max_window_layers; layer_types overrides both."""
-    num_layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    is_qwen = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    slides = architecture == "MistralForCausalLM" or (is_qwen and config.get("use_sliding_window", False))
-    if window is None or not slides:
-        return (None,) * num_layers
-    if layer_types := config.get("layer_types"):
-        return layer_windows(window, layer_types)
-    first = config.get("max_window_layers", 28) if is_qwen else 0
-    return tuple(window if layer >= first else None for layer in range(num_layers))
+    """Llama has none, Mistral one in every layer, Qwen, if switched on, past max_window_layers or by layer_types."""
+    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        window = config["sliding_window"] if architecture == "MistralForCausalLM" else None
+        return same_windows(architecture, config, window)
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    first = required(config, "num_hidden_layers") if window is None else config["max_window_layers"]
+    layer_types = config.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(config["num_hidden_layers"])
+    ]
+    return layer_windows(window, layer_types)
 
 
 def gguf_fields(header: Mapping[str, Any], tensor_names: Collection[str]) -> Fields:
@@ -205,6 +218,11 @@ def _layer_tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
         ),
         ("mlp", "down", "kernel"): (Part("mlp.down_proj.weight"),),
     }
+    if config.mlp_bias:
+        parts["mlp", "gate_up", "bias"] = tuple(
+            Part(f"mlp.{name}_proj.bias", config.intermediate_size) for name in ("gate", "up")
+        )
+        parts["mlp", "down", "bias"] = (Part("mlp.down_proj.bias"),)
     if config.qkv_bias:
         parts["attention", "qkv", "bias"] = qkv("bias")
     if config.out_bias:

@@ -9,7 +9,7 @@ import jax
 from kernels_pallas import AttentionBatch
 from models import llama
 from models.config import ModelConfig
-from models.config_fields import Fields, decoder_fields, layer_windows, refuse_unless, required
+from models.config_fields import Fields, decoder_fields, refuse_unless, required, same_windows
 from models.expert_tensors import ExpertTensors
 from models.experts_config import ExpertsConfig
 from models.moe import SparseFeedForward
@@ -36,35 +36,37 @@ class Mixtral(llama.Llama):
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
-    refuse_unless(architecture, config, hidden_act="silu", partial_rotary_factor=1.0)
     fields = decoder_fields(config)
-    bias, num_layers = bool(config.get("attention_bias", False)), fields["num_layers"]
-    shared = {"qkv_bias": bias, "out_bias": bias, "sliding_windows": _sliding_windows(architecture, config)}
     if architecture == "MixtralForCausalLM":
+        refuse_unless(architecture, config, attention_bias=False)
         experts = ExpertsConfig(
-            count=required(config, "num_local_experts"),
+            count=required(config, "num_experts" if "num_experts" in config else "num_local_experts"),
             chosen=required(config, "num_experts_per_tok"),
             intermediate_size=fields["intermediate_size"],
-            layers=(True,) * num_layers,
+            layers=(True,) * fields["num_layers"],
         )
-        return fields | shared | {"experts": experts}
-    dense, every = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step", 1)
+        return fields | {
+            "sliding_windows": same_windows(architecture, config, config["sliding_window"]),
+            "experts": experts,
+        }
+    dense, every = config["mlp_only_layers"] or [], required(config, "decoder_sparse_step")
+    if every < 1:
+        raise ValueError(f"config.json must set decoder_sparse_step to at least 1, not {every}")
     experts = ExpertsConfig(
-        count=config.get("num_local_experts") or required(config, "num_experts"),
+        count=required(config, "num_local_experts" if "num_local_experts" in config else "num_experts"),
         chosen=required(config, "num_experts_per_tok"),
         intermediate_size=required(config, "moe_intermediate_size"),
-        layers=tuple(i not in dense and (i + 1) % every == 0 for i in range(num_layers)),
-        normalise=bool(config.get("norm_topk_prob", False)),
+        layers=tuple(i not in dense and (i + 1) % every == 0 for i in range(fields["num_layers"])),
+        normalise=bool(config["norm_topk_prob"]),
     )
-    return fields | shared | {"experts": experts, "qk_norm": True}
-
-
-def _sliding_windows(architecture: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """One window for all layers, which Qwen3-MoE must also switch on."""
-    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
-    if architecture == "Qwen3MoeForCausalLM" and not config.get("use_sliding_window", False):
-        window = None
-    return layer_windows(window, ["sliding_attention"] * num_layers)
+    window = config["sliding_window"] if config["use_sliding_window"] else None
+    return fields | {
+        "qkv_bias": bool(config["attention_bias"]),
+        "out_bias": bool(config["attention_bias"]),
+        "sliding_windows": same_windows(architecture, config, window),
+        "experts": experts,
+        "qk_norm": True,
+    }
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:

@@ -15,7 +15,7 @@ from jax import lax
 from kernels_pallas import AttentionBatch, grouped_matmul
 from models.config import ModelConfig
 from models.experts_config import ExpertsConfig
-from models.layers import Compute, Linear
+from models.layers import ACTIVATIONS, Compute, Linear
 from models.sharding import unfuse
 
 
@@ -59,7 +59,8 @@ class SparseFeedForward(nn.Module):
         rows = x[order // c.chosen]
         gate_up = GroupedLinear(c.count, 2 * c.intermediate_size, self.compute, c.bias, name="gate_up")
         down = GroupedLinear(c.count, E, self.compute, c.bias, name="down")
-        y = down(gated(gate_up(rows, expert, group_sizes), c, self.compute.shards), expert, group_sizes)
+        inner = gated(gate_up(rows, expert, group_sizes), self.config, self.compute.shards)
+        y = down(inner, expert, group_sizes)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         y = y[place].reshape(T, c.chosen, E).astype(jnp.float32)
         mixed = jnp.sum(y * weights[..., None], axis=1)
@@ -104,11 +105,13 @@ def sort_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.
     return order, jnp.minimum(flat[order], num_experts - 1), group_sizes
 
 
-def gated(gate_up: jax.Array, config: ExpertsConfig, shards: int) -> jax.Array:
-    """[M, 2F] -> [M, F]: SwiGLU (arXiv 2002.05202), or gpt-oss's, clamped, scaled and with a linear part."""
-    gate, up = unfuse(gate_up, (config.intermediate_size,) * 2, shards)
-    if config.swiglu_limit is None:
-        return nn.silu(gate) * up
-    gate = jnp.minimum(gate, config.swiglu_limit)
-    up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
-    return gate * nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)
+def gated(gate_up: jax.Array, config: ModelConfig, shards: int) -> jax.Array:
+    """[M, 2F] -> [M, F]: SwiGLU (arXiv 2002.05202) or such, or gpt-oss's, clamped, scaled and with a linear part."""
+    c = config.experts
+    assert c is not None
+    gate, up = unfuse(gate_up, (c.intermediate_size,) * 2, shards)
+    if c.swiglu_limit is None:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate = jnp.minimum(gate, c.swiglu_limit)
+    up = jnp.clip(up, -c.swiglu_limit, c.swiglu_limit)
+    return gate * nn.sigmoid(c.swiglu_alpha * gate) * (up + 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention, rms_norm
 from models import llama
 from models.config import ModelConfig
-from models.config_fields import Fields, decoder_fields, refuse_unless
+from models.config_fields import Fields, decoder_fields, same_windows
 from models.layers import Compute, Linear, NormScale, RMSNorm
 from models.parts import Part, Path
 from models.sharding import attend, unfuse
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, llama.Cache]:
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
-        qkv = Linear((H + 2 * K) * D, self.compute, name="qkv")(x)
+        qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x)
         q, k, v = unfuse(qkv, (H * D, K * D, K * D), self.compute.shards)
         q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q).reshape(-1, H, D)
         k_scale = NormScale(c.num_kv_heads * D, self.compute.dtype, name="k_norm")().reshape(-1, D)
@@ -39,7 +39,7 @@ class Attention(nn.Module):
             ragged_paged_attention, self.compute.mesh, (q, k, v.reshape(-1, K, D)), (), cache, batch,
             scale=D**-0.5, backend=self.compute.attention_backend,
         )  # fmt: skip
-        return Linear(c.hidden_size, self.compute, name="out")(out.reshape(-1, H * D)), cache
+        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
 
 class DecoderLayer(nn.Module):
@@ -66,8 +66,8 @@ class Olmo2(llama.Llama):
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
-    refuse_unless(architecture, config, hidden_act="silu", attention_bias=False)
-    return decoder_fields({"rms_norm_eps": 1e-5, **config}) | {"qk_norm": True}
+    bias, windows = bool(config["attention_bias"]), same_windows(architecture, config, None)
+    return decoder_fields(config) | {"qk_norm": True, "qkv_bias": bias, "out_bias": bias, "sliding_windows": windows}
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:

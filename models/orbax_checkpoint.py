@@ -25,7 +25,7 @@ from models.raw_arrays import read_array
 from models.registry import Params
 
 MANIFEST = "paged_checkpoint.json"
-VERSION = 2  # of the directory's layout and of the trees of parameters; one more with each change to either
+VERSION = 3  # of the directory's layout, the configuration and the trees of parameters; one more with each change
 _ORBAX_MARK = "_CHECKPOINT_METADATA"
 _DTYPES = {"<f4": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _PLAIN = {"zarr_format": 2, "order": "C", "compressor": None, "filters": None, "dimension_separator": "."}

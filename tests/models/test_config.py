@@ -91,11 +91,18 @@ def test_a_config_is_hashable_and_frozen() -> None:
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["longrope", "llama3"]),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 4.0}}, ["proportional", "dynamic", "llama3", "yarn"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, ["longrope", "short_factor"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, ["llama3", "low_freq_factor"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+            ["high_freq_factor", "low_freq_factor of 4.0", "1.0"],
+        ),
         ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "1.0"]),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["layer type"]),
-        ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"hidden_act": "relu2"}, ["hidden_act", "relu2", "silu"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["awq", "GGUF"]),
         ({"hidden_size": None}, ["hidden_size"]),
@@ -103,6 +110,10 @@ def test_a_config_is_hashable_and_frozen() -> None:
         ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, ["sliding"]),
         ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked_attention"] * 28}, ["chunked"]),
         ({"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]}, ["1", "28"]),
+        ({"sliding_window": 8, "layer_types": ["sliding_attention"] * 28}, ["layer_types", "sliding_window"]),
+        ({"architectures": ["LlamaForCausalLM"], "layer_types": ["sliding_attention"] * 28}, ["layer_types"]),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["sliding_attention"] * 28}, ["full_attention"]),
+        ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, ["attention_bias"]),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change: dict, words: list[str]) -> None:
@@ -222,7 +233,11 @@ def test_gemma2_caps_by_default_and_alternates() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"hidden_activation": "tanh"}, "hidden_activation"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"sliding_window": None}, "sliding_window"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "full_attention and sliding_attention"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"layer_types": ["chunked"] * 26}, "chunked"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "sliding_attention"),
@@ -256,7 +271,7 @@ def test_phi3_serves_the_context_of_its_short_factors() -> None:
     assert config.max_position_embeddings == 4096 and config.rope_scaling is not None
     assert config.rope_scaling.factors == (1.5,) * 48 and config.rope_theta == 10_000.0
     assert config.rope_scaling.attention_factor == pytest.approx(np.sqrt(1 + np.log(32) / np.log(4096)))
-    assert config.sliding_windows == (262144,) * 32 and config.rotary_dim == 96
+    assert config.sliding_windows == (262144,) * 32 and config.rotary_dim is None
     phi4_mini = ModelConfig.from_hf({**PHI3_128K, "partial_rotary_factor": 0.75, "rope_scaling": None})
     assert phi4_mini.rotary_dim == 72 and phi4_mini.rope_scaling is None
     assert phi4_mini.max_position_embeddings == 131072
@@ -472,24 +487,30 @@ def test_deepseek_caches_latent_vectors() -> None:
     [
         (PHI3_128K, {"rope_scaling": {"type": "longrope"}}, ["longrope", "short_factor"]),
         (PHI3_128K, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 9}}, ["9 factors", "48"]),
-        (PHI3_128K, {"rope_scaling": {"type": "dynamic"}}, ["dynamic"]),
+        (PHI3_128K, {"rope_scaling": {"type": "dynamic"}}, ["dynamic", "longrope"]),
         (PHI3_128K, {"attention_bias": True}, ["attention_bias"]),
-        (GPT2, {"activation_function": "gelu"}, ["activation_function", "gelu_new"]),
-        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        (GPT2, {"activation_function": "tanh"}, ["activation_function", "gelu_new"]),
+        (GPT2, {"add_cross_attention": True}, ["add_cross_attention"]),
         (GPT2, {"n_embd": 770}, ["770", "12"]),
         (GPT2, {"n_layer": None}, ["num_hidden_layers"]),
         (MIXTRAL, {"num_local_experts": None}, ["num_local_experts"]),
         (MIXTRAL, {"num_experts_per_tok": 9}, ["9 of 8 experts"]),
+        (MIXTRAL, {"attention_bias": True}, ["attention_bias"]),
         (MIXTRAL, {"quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4"]),
-        (QWEN3_30B_A3B, {"hidden_act": "gelu"}, ["hidden_act"]),
+        (QWEN3_30B_A3B, {"hidden_act": "tanh"}, ["hidden_act"]),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, ["decoder_sparse_step"]),
         (QWEN3_30B_A3B, {"moe_intermediate_size": 0}, ["inner width"]),
         (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, ["gptq"]),
         (GPT_OSS_20B, {"layer_types": ["sliding_attention"]}, ["1", "24"]),
+        (GPT_OSS_20B, {"sliding_window": None}, ["layer_types", "sliding_window"]),
+        (GPT_OSS_20B, {"experts_per_token": 2}, ["experts_per_token", "4"]),
         (DEEPSEEK_V3, {"scoring_func": "softmax"}, ["scoring_func", "sigmoid"]),
         (DEEPSEEK_V3, {"attention_bias": True}, ["attention_bias"]),
         (DEEPSEEK_V3, {"rope_interleave": False}, ["rope_interleave"]),
         (DEEPSEEK_V3, {"kv_lora_rank": None}, ["kv_lora_rank"]),
         (DEEPSEEK_V3, {"qk_rope_head_dim": 0}, ["rope_dim"]),
+        (DEEPSEEK_V3, {"n_shared_experts": 0}, ["n_shared_experts"]),
+        (DEEPSEEK_V3, {"moe_layer_freq": 2}, ["moe_layer_freq", "1"]),
         (DEEPSEEK_V3, {"n_group": 7}, ["256", "7 groups"]),
         (DEEPSEEK_V3, {"topk_group": 9}, ["9 of 8 groups"]),
         (DEEPSEEK_V3, {"n_group": 128, "num_experts_per_tok": 9}, ["4 groups of 2", "9 experts"]),
