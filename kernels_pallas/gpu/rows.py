@@ -55,9 +55,9 @@ def store_heads(ref, x, first, start, stop) -> None:
     _store(ref, x, start - first, stop - first, plgpu.Layout.WGMMA, first - start)
 
 
-def store_rows(ref, x, stop, start=0) -> None:
-    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], or flat, [any * D]."""
-    _store(ref, x, start, stop, plgpu.Layout.WGMMA)
+def store_rows(ref, x, stop, start=0, to=0) -> None:
+    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], from its row `to` + start on, or flat, [any * D]."""
+    _store(ref, x, start, stop, plgpu.Layout.WGMMA, to)
 
 
 def store_column(ref, x, count) -> None:

@@ -1,0 +1,179 @@
+"""Linear layers of few rows: y = x W^T, where reading W is what takes the time.
+
+A CTA multiplies all rows (64 to a compute warpgroup) by some of W's rows, which its memory warpgroup streams through a
+ring of tiles. Where W has too few rows for every SM, its columns are split too, and the caller adds the parts. How W is
+split follows from its shape alone, and each product is accumulated along its columns in one order, so that a row's
+result never depends on how many there are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
+
+SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
+NARROW = 32  # rows of W that a CTA should have at least: x is read once for each CTA
+ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How the work is cut.
+
+    Attributes:
+      warpgroups: of 64 rows of x each, in a CTA.
+      features: rows of W (of each of its two halves, if gated) multiplied at a time.
+      splits: of W's columns.
+      depth: columns in one stage of the ring.
+      stages: of the ring.
+    """
+
+    warpgroups: int
+    features: int
+    splits: int
+    depth: int
+    stages: int
+
+    @classmethod
+    def of(cls, M: int, F: int, C: int, gated: bool = False) -> "LinearConfig":
+        """For x [M, C] and W [F, C] (two such, if gated)."""
+        halves, sms = 1 + gated, num_sms()
+        warpgroups = 1 if M <= ROWS else 2
+        splits = 1 if gated else max(1, min(C // 256, sms * NARROW // F))
+        row_tiles = pl.cdiv(M, ROWS * warpgroups)
+
+        def cost(features):
+            """Bytes that the busiest SM reads."""
+            rounds = pl.cdiv(row_tiles * (F // features) * splits, sms)
+            return rounds * ((ROWS * warpgroups + halves * features) * C // splits * 2 + ITEM_COST)
+
+        widest = 128 if gated else 256
+        features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
+        column = (ROWS * warpgroups + halves * features) * 2
+        depth = 128 if C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
+        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12))
+
+
+def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):
+    """x [M, C] W^T for W [F, C], accumulated in float32.
+
+    Returns:
+      [1, M, F] in out_dtype, or float32[splits, M, F] to be added up, where LinearConfig.of splits W's columns.
+
+    C must be a multiple of 64 and F of 8; x and W have the same 16-bit dtype.
+    """
+    config = config or LinearConfig.of(x.shape[0], *kernel.shape)
+    out_dtype = jnp.float32 if config.splits > 1 else (out_dtype or x.dtype)
+    return _call(x, kernel[None], out_dtype=jnp.dtype(out_dtype), activation=None, config=config)
+
+
+def gated_linear(x, kernel, activation: Callable, *, config: LinearConfig | None = None):
+    """activation(x A^T) * (x B^T) for kernel [2F, C], of which A is the first half of the rows and B the second.
+
+    Returns:
+      [M, F] in x's dtype.
+    """
+    F, C = kernel.shape[0] // 2, kernel.shape[1]
+    config = config or LinearConfig.of(x.shape[0], F, C, gated=True)
+    return _call(x, kernel.reshape(2, F, C), out_dtype=x.dtype, activation=activation, config=config)[0]
+
+
+@partial(jax.jit, static_argnames=("out_dtype", "activation", "config"))
+def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
+    """x [M, C], kernel [halves, F, C] -> [splits, M, F]."""
+    M, C = x.shape
+    halves, F, _ = kernel.shape
+    full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
+    row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
+    items = row_tiles * (F // config.features) * config.splits
+    return plgpu.kernel(
+        partial(_multiply, M=M, row_tiles=row_tiles, items=items, activation=activation, config=config),
+        out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
+        grid=(min(items, num_sms()),),
+        grid_names=("cta",),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="linear",
+        scratch_types=[
+            plgpu.SMEM((config.stages, config.warpgroups, ROWS, config.depth), x.dtype, transforms=TILED),
+            plgpu.SMEM((config.stages, halves, config.features, config.depth), x.dtype, transforms=TILED),
+            *(full, free),
+        ],
+        compiler_params=PARAMS,
+    )(tiles_of_8(x), kernel)
+
+
+def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, activation, config):
+    halves, _, C = w.shape
+    me = lax.axis_index("warpgroup")
+    cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
+    stages, depth, features = jnp.int32(config.stages), config.depth, config.features
+    mine = lax.div(items - cta + ctas - 1, ctas)
+
+    def item(i):
+        """Row of x, split, row of W, and the range of stages along C. Neighbours have the same rows of W."""
+        i = cta + i * ctas
+        row = lax.rem(i, jnp.int32(row_tiles)) * (ROWS * config.warpgroups)
+        i = lax.div(i, jnp.int32(row_tiles))
+        split = lax.rem(i, jnp.int32(config.splits))
+        feature = lax.div(i, jnp.int32(config.splits)) * features
+        begin, end = (lax.div((split + j) * (C // depth), jnp.int32(config.splits)) for j in range(2))
+        return row, split, feature, begin, end
+
+    @pl.when(me < config.warpgroups)
+    def compute():
+        def multiply(i, step):
+            row, split, feature, begin, end = item(i)
+
+            def sums(*accs):
+                def stage(k, _):
+                    slot = lax.rem(step + k, stages)
+                    plgpu.barrier_wait(ready.at[slot])
+                    for half, acc in enumerate(accs):
+                        plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot, half].transpose((1, 0)))
+                    plgpu.wgmma_wait(halves)
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + k - 1, stages)]))
+
+                lax.fori_loop(0, end - begin, stage, None)
+                return [acc[...] for acc in accs]
+
+            found = pl.run_scoped(sums, *[plgpu.ACC((ROWS, features), jnp.float32)] * halves)
+            step += end - begin
+            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
+            y = found[0] if activation is None else activation(found[0]) * found[1]
+            row += me * ROWS
+            store_rows(out.at[split, :, pl.ds(feature, features)], y.astype(out.dtype), M - row, to=row)
+            return step
+
+        lax.fori_loop(0, mine, multiply, jnp.int32(0))
+
+    @pl.when(me == config.warpgroups)
+    def copy():
+        fetched = min(ROWS, x.shape[0])
+
+        def fetch(i, step):
+            row, _, feature, begin, end = item(i)
+
+            def stage(k, _):
+                slot = lax.rem(step + k, stages)
+                columns = pl.ds((begin + k) * depth, depth)
+                pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                for half in range(halves):
+                    rows = w.at[half, pl.ds(feature, features), columns]
+                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
+                for g in range(config.warpgroups):
+                    rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
+                    plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
+
+            lax.fori_loop(0, end - begin, stage, None)
+            return step + end - begin
+
+        lax.fori_loop(0, mine, fetch, jnp.int32(0))
