@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
+from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_UPCAST_4X, FragmentedArray
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
@@ -93,6 +93,8 @@ def _store(ref, x, start, stop, layout, shift=0):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
     def store(_, ref, x, *bounds):
         index = ir.IndexType.get()
+        if mgpu.bitwidth(x.mlir_dtype) == 16 and x.layout == WGMMA_LAYOUT:
+            x = _eight_columns(x)
         first, end, shift = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
         for (row, *column), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
             below = arith.cmpi(arith.CmpIPredicate.slt, row, end)
@@ -103,3 +105,25 @@ def _store(ref, x, start, stop, layout, shift=0):
                 vector.store(register, ref, place)
 
     store(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
+
+
+def _eight_columns(x):
+    """x [ROWS, D] of 16 bits with 8 neighbouring columns in a thread, which are stored at once, where wgmma leaves 2.
+
+    The four threads of a row hold as many words of each run of 32 columns: they transpose them.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    vector_of_8 = ir.VectorType.get((8,), x.mlir_dtype)
+    registers = np.empty(WGMMA_LAYOUT_UPCAST_4X.registers_shape(x.shape), dtype=object)
+    runs = x.registers.reshape(-1, 4, 2)  # of words, for each half of a warp's 16 rows
+    for i, half in np.ndindex(len(runs), 2):
+        words = [mgpu.bitcast(word, i32) for word in runs[i, :, half]]
+        for distance in (1, 2):
+            bit = arith.andi(mgpu.thread_idx(), mgpu.c(distance, i32))
+            upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
+            for a, b in [(w, w + distance) for w in range(4) if not w & distance]:
+                got = mgpu.shfl_bfly(arith.select(upper, words[a], words[b]), distance)
+                words[a], words[b] = arith.select(upper, got, words[a]), arith.select(upper, words[b], got)
+        together = mgpu.vector_concat([vector.broadcast(ir.VectorType.get((1,), i32), word) for word in words])
+        registers.flat[2 * i + half] = mgpu.bitcast(together, vector_of_8)
+    return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT_UPCAST_4X, _is_signed=x.is_signed)
