@@ -1,14 +1,20 @@
 """Prefill attention: many query tokens a sequence, ragged, over paged keys and values.
 
-FlashAttention-3 (arXiv 2407.08608) over a block table. A CTA owns a tile of queries of one sequence: two compute
-warpgroups of 64 rows each take turns on the tensor cores, one multiplying while the other does its softmax, and a
-memory warpgroup copies pages into a ring of tiles. The warpgroups take two query heads of one key/value head over
-the same tokens where there are two, else two runs of tokens of one head. Rows are stored from registers, one by one
-up to the sequence's end, so that what belongs to the next sequence is never touched.
+FlashAttention-3 (arXiv 2407.08608) over a block table. The grid is persistent: a CTA takes tile after tile of queries
+off a list, the longest walks over the cache first, so that all CTAs end together. Two compute warpgroups of 64 rows
+each take turns on the tensor cores, one multiplying while the other does its softmax, and a memory warpgroup copies
+queries, and pages into a ring of tiles, running ahead from one tile of queries into the next. The warpgroups take two
+query heads of one key/value head over the same tokens where there are two, else two runs of tokens of one head. Rows
+are stored from registers, up to the sequence's end, so that what belongs to the next sequence is never touched.
+
+A token's result is the same bits however its prompt is cut into chunks and whatever else is in the batch: tiles of
+cached tokens begin at multiples of their size, they are taken in order, and one that a row sees nothing of changes
+nothing.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,9 +25,8 @@ from jax import lax
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
 
 COMPUTE = 2  # warpgroups that multiply
-MASKED = -1e30  # finite, so that a row that has seen nothing yet yields no NaN
-# The list of work has 8 columns: the tile's first row, which of its rows are the sequence's (first, last + 1), the
-# position of the first row, how many cached tokens the tile sees, the sequence, and padding.
+WARPS = 4  # of a warpgroup
+NOTHING = -1e30  # the maximum of a row that has seen nothing: finite, so that -inf less it is not NaN
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,46 @@ class PrefillConfig:
     Attributes:
       tile: cached tokens multiplied at a time.
       stages: tiles of keys, and of values, in flight.
-      persistent: one CTA an SM takes tile after tile of queries, and its copies run ahead into the next one.
+      queries: tiles of queries in shared memory; with two, the next is copied while one is worked on.
     """
 
     tile: int
     stages: int
-    persistent: bool = True
+    queries: int
 
     @classmethod
     def of(cls, head_dim: int) -> "PrefillConfig":
-        """Fills the 227 KB of an H100's shared memory with 2 * ROWS queries and the ring."""
-        tile, stages = {64: (128, 4), 128: (128, 2), 256: (64, 2)}[head_dim]
-        return cls(tile, stages)
+        """Fits into the 227 KB of an H100's shared memory: COMPUTE * ROWS queries a tile of them, and the ring."""
+        return {64: cls(128, 4, 2), 128: cls(128, 2, 2), 256: cls(64, 2, 1)}[head_dim]
 
 
-def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int):
-    """The tiles of `tokens` queries, the longest walks of each sequence first.
+class Item(NamedTuple):
+    """A tile of queries of one head, or of COMPUTE of them from `head` on. All but the head is a row of the list.
+
+    Attributes:
+      row: the tile's first row in the batch.
+      low, high: which of its rows are the sequence's, the first and the last + 1.
+      position: of the first row in its sequence.
+      begin, end: the tiles of cached tokens that it walks over, the first and the last + 1.
+    """
+
+    head: jax.Array
+    row: jax.Array
+    low: jax.Array
+    high: jax.Array
+    position: jax.Array
+    begin: jax.Array
+    end: jax.Array
+    seq: jax.Array
+
+
+def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int, tile: int, window: int | None):
+    """The tiles of `tokens` queries, the longest walks over tiles of `tile` cached tokens first.
 
     A tile begins at a multiple of 8 rows, as the copy engine wants it, so that a sequence's first may begin with rows
     of the one before. Padding rows are one more sequence that sees nothing, so that they become zeros.
 
-    Returns int32[W, 8], and int32[1], how many of them are real.
+    Returns int32[W, 8], an Item without its head and with padding, and int32[1], how many of them are real.
     """
     S = kv_lens.shape[0]
     seq = jnp.arange(S + 1)
@@ -65,9 +89,14 @@ def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int):
     row = aligned[s] + (through[s] - 1 - i) * tokens
     kv_len = jnp.append(kv_lens, 0)[s]
     position = kv_len - (stop[s] - row)
+    begin = jnp.zeros_like(s) if window is None else jnp.maximum(position - (window - 1), 0) // tile
     seen = jnp.where(s < num_seqs[1], jnp.minimum(kv_len, position + tokens), 0)
-    nothing = jnp.zeros_like(s)
-    work = jnp.stack([row, start[s] - row, stop[s] - row, position, seen, s, nothing, nothing], axis=-1)
+    end = jnp.maximum(pl.cdiv(seen, tile), begin)
+    work = jnp.stack([row, start[s] - row, stop[s] - row, position, begin, end, s, jnp.zeros_like(s)], axis=-1)
+    walk = jnp.where(i < through[-1], end - begin, -1)
+    longer = (walk[None, :] > walk[:, None]) | ((walk[None, :] == walk[:, None]) & (i[None, :] < i[:, None]))
+    place = jnp.sum(longer, axis=1)
+    work = jnp.zeros_like(work).at[place].set(work, unique_indices=True)
     return work.astype(jnp.int32), through[-1:].astype(jnp.int32)
 
 
@@ -93,7 +122,7 @@ def prefill_attention(
     G = H // K
     config = config or PrefillConfig.of(D)
     heads = COMPUTE if G % COMPUTE == 0 else 1
-    work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads)
+    work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads, config.tile, window)
     ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=TILED)
     full = plgpu.Barrier(num_arrivals=max(1, config.tile // N), num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
@@ -103,15 +132,15 @@ def prefill_attention(
             sinks_given=sinks is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        grid=(num_sms() if config.persistent else work.shape[0] * (H // heads),),
+        grid=(num_sms(),),
         grid_names=("cta",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         kernel_name="prefill_attention",
         scratch_types=[
-            plgpu.SMEM((COMPUTE, ROWS, D), q.dtype, transforms=TILED),
+            plgpu.SMEM((config.queries, COMPUTE, ROWS, D), q.dtype, transforms=TILED),
             *(ring, ring),
-            plgpu.Barrier(num_barriers=COMPUTE),
+            *[plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.queries)] * 2,
             *(full, full, free, free),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],
@@ -122,27 +151,40 @@ def prefill_attention(
 def _attend(
     work, count, q, keys, values, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
 ):
-    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = scratch
+    q_smem, k_smem, v_smem, q_ready, q_free, k_ready, v_ready, k_free, v_free, turn = scratch
     H, D = q.shape[1:]
     N = keys.shape[2]
     me = lax.axis_index("warpgroup")
+    tile, stages, queries = (jnp.int32(size) for size in (config.tile, config.stages, config.queries))
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    tile, stages = jnp.int32(config.tile), jnp.int32(config.stages)
-    items = count[0] * (H // heads)
-    rounds = lax.div(items + ctas - 1, ctas)
+    head_groups = jnp.int32(H // heads)
+    items = count[0] * head_groups
 
-    def item(r):
-        """Back and forth over the CTAs, as work gets lighter along the list. Behind its end, a tile of no rows."""
-        i = r * ctas + jnp.where(lax.rem(r, jnp.int32(2)) == 0, cta, ctas - 1 - cta)
-        real = i < items
-        i = jnp.minimum(i, items - 1)
-        head = lax.rem(i, jnp.int32(H // heads)) * heads
-        i = lax.div(i, jnp.int32(H // heads))
-        row, low, high, position, seen, seq = (work[i, f] for f in range(6))
-        lowest = jnp.int32(0) if window is None else jnp.maximum(position - (window - 1), 0)
-        begin = lax.div(lowest, tile)
-        end = jnp.where(real, jnp.maximum(lax.div(seen + tile - 1, tile), begin), begin)
-        return head, row, low, jnp.where(real, high, 0), position, seq, begin, end
+    def index(r):
+        """Back and forth over the CTAs, as work gets lighter along the list."""
+        return r * ctas + jnp.where(lax.rem(r, jnp.int32(2)) == 0, cta, ctas - 1 - cta)
+
+    def read(r):
+        i = jnp.clip(index(r), 0, jnp.maximum(items - 1, 0))
+        tile, group = lax.div(i, head_groups), lax.rem(i, head_groups)
+        return Item(group * heads, *(work[tile, f] for f in range(len(Item._fields) - 1)))
+
+    def for_each_item(visit):
+        """Calls visit(r, item, tiles walked over before) for this CTA's items. The next one is read meanwhile."""
+        whole = lax.div(items, ctas)
+        mine = whole + (index(whole) < items)
+
+        def step(r, carry):
+            item, done = carry
+            after = read(r + 1)
+            visit(r, item, done)
+            return after, done + item.end - item.begin
+
+        lax.fori_loop(0, mine, step, (read(0), jnp.int32(0)))
+
+    def rows_of(item, warpgroup):
+        """The query head of a warpgroup, and how far behind the tile's first row its own begin."""
+        return (item.head + warpgroup, 0) if heads > 1 else (item.head, warpgroup * ROWS)
 
     @pl.when(me < COMPUTE)
     def compute():
@@ -152,12 +194,12 @@ def _attend(
             plgpu.barrier_arrive(turn)
             plgpu.barrier_wait(turn)
 
-        def step(t, carry, masked, slot_of, first, end):
+        def step(t, carry, masked, my_q, slot_of, first, end):
             acc, m, total = carry
             slot = slot_of(t)
 
             def multiply(scores):
-                plgpu.wgmma(scores, q_smem.at[me], k_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(scores, my_q, k_smem.at[slot].transpose((1, 0)))
                 take_turn()
                 return scores[...]
 
@@ -168,7 +210,7 @@ def _attend(
                 scores = 1 - 2 / (jnp.exp2(scores * (2 * unit / soft_cap)) + 1)
                 unit = soft_cap * LOG2E
             if masked:
-                scores = jnp.where(_visible(scores.shape, first, t * tile, window), scores, MASKED)
+                scores = jnp.where(_visible(scores.shape, first, t * tile, window), scores, -jnp.inf)
             m_new = jnp.maximum(m, scores.max(axis=1) * unit)
             decay = jnp.exp2(m - m_new)
             p = jnp.exp2(scores * unit - lax.broadcast_in_dim(m_new, scores.shape, [0]))
@@ -192,19 +234,20 @@ def _attend(
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, m_new, total
 
-        def attend(r, done):
-            head, row, low, high, position, _, begin, end = item(r)
-            my_head = head + (me if heads > 1 else 0)
-            offset = 0 if heads > 1 else me * ROWS
+        def attend(r, item, done):
+            _, row, low, high, position, begin, end, _ = item
+            head, offset = rows_of(item, me)
             first = position + offset
-            plgpu.copy_gmem_to_smem(q.at[pl.ds(row + offset, ROWS), my_head], q_smem.at[me], q_ready.at[me])
+            q_slot = lax.rem(r, queries)
+            sink = sinks[head] * LOG2E if sinks_given else 0.0
 
             def slot_of(t):
                 return lax.rem(done + t - begin, stages)
 
-            plgpu.barrier_wait(q_ready.at[me])
+            plgpu.barrier_wait(q_ready.at[q_slot])
             pl.when(begin < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(begin)]))
-            part = partial(step, slot_of=slot_of, first=first, end=end)
+            plgpu.barrier_wait(turn)
+            part = partial(step, my_q=q_smem.at[q_slot, me], slot_of=slot_of, first=first, end=end)
             carry = _start(D)
             whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
             inside = begin
@@ -213,42 +256,51 @@ def _attend(
                 carry = lax.fori_loop(begin, inside, partial(part, masked=True), carry)
             carry = lax.fori_loop(inside, whole, partial(part, masked=False), carry)
             acc, m, total = lax.fori_loop(whole, end, partial(part, masked=True), carry)
+            plgpu.barrier_arrive(q_free.at[q_slot])
+            plgpu.barrier_arrive(turn)
             if sinks_given:
-                total += jnp.exp2(sinks[my_head] * LOG2E - m)
+                total += jnp.exp2(sink - m)
             inverse = jnp.where(total > 0, 1 / total, 0.0)
             acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-            rows = out.at[pl.ds(row + offset, ROWS), my_head]
+            rows = out.at[pl.ds(row + offset, ROWS), head]
             store_rows(rows, acc.astype(out.dtype), high - offset, low - offset)
-            return done + end - begin
 
         pl.when(me == 1)(take_turn)
-        lax.fori_loop(0, rounds, attend, jnp.int32(0))
-        pl.when(me == 0)(take_turn)
+        plgpu.barrier_arrive(turn)
+        for_each_item(attend)
 
     @pl.when(me == COMPUTE)
     def copy():
         plgpu.set_max_registers(40, action="decrease")
+        size = min(N, config.tile)
+        pages = config.tile // size
 
-        def fetch(r, done):
-            head, _, _, _, _, seq, begin, end = item(r)
-            kv_head = lax.div(head, jnp.int32(G))
+        def fetch(warp, r, item, done):
+            """Each warp copies every WARPS-th page of a tile; the first ones also a warpgroup's queries."""
+            kv_head = lax.div(item.head, jnp.int32(G))
+            q_slot = lax.rem(r, queries)
+
+            @pl.when(warp < COMPUTE)
+            def copy_queries():
+                pl.when(r >= queries)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+                head, offset = rows_of(item, warp)
+                source = q.at[pl.ds(item.row + offset, ROWS), head]
+                plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, warp], q_ready.at[q_slot])
 
             def step(t, _):
-                nth = done + t - begin
+                nth = done + t - item.begin
                 slot = lax.rem(nth, stages)
-                slabs = [
-                    _slab(tables, seq, kv_head, t * tile, N, config.tile, p) for p in range(max(1, config.tile // N))
-                ]
+                mine = [warp + p for p in range(0, pages, WARPS)]
+                slabs = [_slab(tables, item.seq, kv_head, t * tile, N, config.tile, p) for p in mine]
                 for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
                     pl.when(nth >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
-                    for p, slab in enumerate(slabs):
-                        rows = pl.ds(p * min(N, config.tile), min(N, config.tile))
+                    for p, slab in zip(mine, slabs, strict=True):
+                        rows = pl.ds(p * size, size)
                         plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[slot, rows], ready.at[slot])
 
-            lax.fori_loop(begin, end, step, None)
-            return done + end - begin
+            pl.when(warp < pages)(lambda: lax.fori_loop(item.begin, item.end, step, None))
 
-        lax.fori_loop(0, rounds, fetch, jnp.int32(0))
+        plgpu.warp_map(lambda warp: for_each_item(partial(fetch, warp)))
 
 
 def _slab(tables, seq, head, token, N, tile, p):
@@ -269,4 +321,4 @@ def _visible(shape, query, cached, window):
 def _start(D):
     """Nothing seen: the weighted sum [ROWS, D], the maximum [ROWS] in base 2 and the denominator [ROWS]."""
     column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    return plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA), column + MASKED, column
+    return plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA), column + NOTHING, column

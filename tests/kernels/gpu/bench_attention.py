@@ -73,11 +73,11 @@ def decode_table(configs=(None,)):
                 print(f"{name:11} {S:4} x {length:6}: {ours}, floor {best}, {floor / taken:6.1%}, error {wrong:.4f}")
 
 
-def time_prefill(S, length, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=8, config=None, **options):
-    lens = np.full(S, cached + length, np.int32)
-    tables, (cache,) = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=dtype)
-    cu_q_lens = jnp.arange(S + 1, dtype=jnp.int32) * length
-    q = jax.random.normal(jax.random.key(1), (S * length, H, D), jnp.float32).astype(dtype)
+def time_prefill(lengths, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=8, config=None, **options):
+    new = np.asarray(lengths)
+    tables, (cache,) = paged.pool(jax.random.key(0), cached + new, K=K, D=D, N=N, dtype=dtype)
+    cu_q_lens = jnp.asarray(np.append(0, np.cumsum(new)), jnp.int32)
+    q = jax.random.normal(jax.random.key(1), (-(-int(new.sum()) // 8) * 8, H, D), jnp.float32).astype(dtype)
     attend = partial(prefill.prefill_attention, scale=D**-0.5, config=config, **options)
 
     @jax.jit
@@ -86,10 +86,9 @@ def time_prefill(S, length, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, call
             q = attend(q, *cache, kv_lens, tables, cu_q_lens, num_seqs)
         return q
 
-    args = jnp.asarray(lens), tables, cu_q_lens, jnp.asarray([0, S], jnp.int32)
+    args = jnp.asarray(cached + new, jnp.int32), tables, cu_q_lens, jnp.asarray([0, len(new)], jnp.int32)
     taken = seconds(step, q, cache, *args, calls=calls, programs=5)
-    pairs = S * (length * cached + length * (length + 1) / 2)
-    return taken, 4 * D * H * pairs
+    return taken, 4 * D * H * float(np.sum(new * cached + new * (new + 1) / 2))
 
 
 def time_dense(S, length, *, H, K, D, calls=8):
@@ -106,16 +105,33 @@ def time_dense(S, length, *, H, K, D, calls=8):
     return seconds(step, q, k, v, calls=calls, programs=5)
 
 
-PROMPTS = [(1, 8192, 0), (4, 2048, 0), (16, 512, 0), (64, 128, 0), (1, 2048, 0), (1, 2048, 30720)]
+MIX = np.random.default_rng(7).integers(50, 800, 20)
+PROMPTS = {  # lengths, tokens cached before each, window
+    "1 x 8,192": ([8192], 0, None),
+    "4 x 2,048": ([2048] * 4, 0, None),
+    "16 x 512": ([512] * 16, 0, None),
+    "64 x 128": ([128] * 64, 0, None),
+    "20 of 50 to 800": (MIX, 0, None),
+    "1 x 2,048": ([2048], 0, None),
+    "1 x 2,048 after 30,720": ([2048], 30720, None),
+    "4 x 2,048, window of 1,024": ([2048] * 4, 0, 1024),
+}
 
 
-def prefill_table():
+def prefill_table(configs=(None,)):
     for name, heads in (("llama", LLAMA), ("qwen3-0.6b", QWEN)):
-        for S, length, cached in PROMPTS:
-            taken, flops = time_prefill(S, length, cached, **heads)
-            rate = f"{flops / taken / 1e12:6.1f} TFLOP/s, {flops / taken / MATMUL_PEAK:6.1%}"
-            dense = "" if cached or length < 256 else f", dense {time_dense(S, length, **heads) * 1e6:8.1f} us"
-            print(f"{name:11} {S:3} x {length:5} after {cached:5}: {taken * 1e6:8.1f} us, {rate}{dense}", flush=True)
+        for shape, (lengths, cached, window) in PROMPTS.items():
+            S, longest = len(lengths), max(lengths)
+            equal = not cached and not window and min(lengths) == longest >= 256
+            dense = f", dense {time_dense(S, longest, **heads) * 1e6:7.1f} us" if equal else ""
+            for config in configs:
+                for N in (16, 64):
+                    taken, flops = time_prefill(lengths, cached, N=N, config=config, window=window, **heads)
+                    rate = (
+                        "" if window else f", {flops / taken / 1e12:5.0f} TFLOP/s, {flops / taken / MATMUL_PEAK:5.1%}"
+                    )
+                    which = f"{name:11} {shape:26} blocks of {N:2} {config or ''}"
+                    print(f"{which}: {taken * 1e6:7.1f} us{rate}{dense}", flush=True)
 
 
 if __name__ == "__main__":

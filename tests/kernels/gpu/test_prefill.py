@@ -1,6 +1,7 @@
 """Prefill and mixed steps on the GPU against the reference in float32, through the public function."""
 
 import dataclasses
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import AttentionBatch, ragged_paged_attention
+from kernels_pallas.gpu.prefill import prefill_attention
 from tests.kernels.gpu import paged
 from tests.kernels.gpu.test_decode import OPTIONS, SHAPES
 
@@ -30,7 +32,9 @@ def case(seed, lens, num_decodes, H, K, D, N, dtype, T=None, sinks=False, **opti
         jax.random.normal(jax.random.fold_in(key, i), (T, heads, D), jnp.float32).astype(dtype)
         for i, heads in enumerate((H, K, K))
     )
-    options = dict(options, scale=D**-0.5 * 1.5)
+    options = dict(
+        options, scale=D**-0.5 * float(jax.random.uniform(jax.random.fold_in(key, 8), (), minval=0.5, maxval=2))
+    )
     if sinks:
         options["sinks"] = jax.random.normal(jax.random.fold_in(key, 9), (H,)) * 2
     return (q, k, v, cache, batch), options
@@ -75,3 +79,32 @@ def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
         rows = slice(start, start + new)
         alone, _ = ragged_paged_attention(q[rows], k[rows], v[rows], cache, one, backend="mosaic_gpu", **options)
         np.testing.assert_array_equal(np.asarray(alone, np.float32), np.asarray(together[rows], np.float32))
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[-1]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
+def test_result_of_a_token_does_not_depend_on_how_its_prompt_is_cut(shape, options):
+    """To the last bit, from one chunk to chunks of a few tokens, with another sequence before it or none."""
+    length, neighbour = 1000, 5
+    rng = np.random.default_rng()
+    seed = int(rng.integers(1 << 30))
+    lens = [(length, length), (neighbour, neighbour)]
+    (q, _, _, cache, batch), options = case(seed, lens, 0, *shape, jnp.bfloat16, T=length + 8, **options)
+    prompt, other = batch.block_tables[0], batch.block_tables[1]
+
+    def attend(start, stop, first):
+        """The rows of tokens `start` to `stop` - 1, which come `first` rows behind the batch's beginning."""
+        rows = jnp.zeros_like(q).at[first : first + stop - start].set(q[start:stop])
+        kv_lens, tables = jnp.asarray([neighbour, stop]), jnp.stack([other, prompt])
+        cu_q_lens = jnp.asarray([0, first, first + stop - start])
+        num_seqs = jnp.asarray([0 if first else 1, 2])
+        out = prefill_attention(rows, *cache, kv_lens, tables, cu_q_lens, num_seqs, **options)
+        return np.asarray(out[first : first + stop - start], np.float32)
+
+    whole = attend(0, length, 0)
+    for cuts in ([64, 512], [1, 130, 333, 998], np.sort(rng.choice(np.arange(1, length), 3, replace=False))):
+        edges = [0, *map(int, cuts), length]
+        for start, stop in pairwise(edges):
+            for first in (0, neighbour):
+                part = attend(start, stop, first)
+                np.testing.assert_array_equal(part, whole[start:stop], f"seed {seed}, {start} to {stop} at row {first}")
