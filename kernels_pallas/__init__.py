@@ -11,8 +11,9 @@ from kernels_pallas.attention import (
     ragged_paged_attention,
 )
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.linear import gated_linear, linear, rms_norm
 from kernels_pallas.quantize import is_quantized, quantize, vector_bytes
-from kernels_pallas.rotary import apply_rotary, rms_norm
+from kernels_pallas.rotary import apply_rotary
 
 __all__ = [
     "AttentionBatch",
@@ -21,9 +22,11 @@ __all__ = [
     "apply_rotary",
     "attention_backend",
     "cache_shape",
+    "gated_linear",
     "grouped_matmul",
     "is_quantized",
     "latent_cache_shape",
+    "linear",
     "qkv_attention",
     "quantize",
     "ragged_paged_attention",

@@ -34,7 +34,7 @@ class UnsupportedShapeError(ValueError):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["kv_lens", "block_tables", "cu_q_lens", "num_seqs"],
-    meta_fields=["decode_only"],
+    meta_fields=["decode_only", "deterministic"],
 )
 @dataclass(frozen=True)
 class AttentionBatch:
@@ -47,6 +47,8 @@ class AttentionBatch:
         cu_q_lens[s+1] - cu_q_lens[s] positions of its kv_lens[s].
       num_seqs: int32[2]: single-token sequences at the front of the batch, and sequences in all.
       decode_only: static; every sequence has exactly one token and T == S.
+      deterministic: static; a token's result is the same to the bit in whatever batch and chunk it is computed. There
+        are kernels for that on Hopper alone.
     """
 
     kv_lens: jax.Array
@@ -54,6 +56,7 @@ class AttentionBatch:
     cu_q_lens: jax.Array
     num_seqs: jax.Array
     decode_only: bool = False
+    deterministic: bool = False
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["q", "k"], meta_fields=["epsilon", "offset"])

@@ -69,8 +69,8 @@ class LatentAttention(nn.Module):
         H, query_rank = c.num_heads, latent.query_rank or 0
         down = Linear(query_rank + latent.rank + latent.rope_dim, self.compute, name="down")(x)
         queries, keys, rope_keys = jnp.split(down, [query_rank, query_rank + latent.rank], axis=1)
-        queries = RMSNorm(LATENT_NORM_EPS, self.compute.dtype, name="q_norm")(queries) if query_rank else x
-        keys = RMSNorm(LATENT_NORM_EPS, self.compute.dtype, name="kv_norm")(keys)
+        queries = RMSNorm(LATENT_NORM_EPS, self.compute, name="q_norm")(queries) if query_rank else x
+        keys = RMSNorm(LATENT_NORM_EPS, self.compute, name="kv_norm")(keys)
         q = Linear(H * (latent.nope_dim + latent.rope_dim), self.compute, name="q")(queries).reshape(len(x), H, -1)
         q, rope_q = jnp.split(q, [latent.nope_dim], axis=2)
         q = HeadLinear(H, latent.rank, self.compute, transposed=True, name="key")(q)
@@ -98,11 +98,9 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, llama.Cache]:
         c = self.config
         attention = LatentAttention(c, self.compute, name="attention")
-        y, cache = attention(
-            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
-        )
+        y, cache = attention(RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(x), rotary, cache, batch)
         x = x + y
-        y = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x)
+        y = RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x)
         if not self.sparse:
             return x + llama.FeedForward(c, self.compute, name="mlp")(y), cache
         x = x + SparseFeedForward(c, self.compute, name="mlp")(y, batch)

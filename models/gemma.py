@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
-        norms = [Norm(c.rms_norm_eps, self.compute.dtype, name=name) for name in NORMS]
+        norms = [Norm(c.rms_norm_eps, self.compute, name=name) for name in NORMS]
         attention = Attention(c, self.window, self.compute, name="attention")
         y, cache = attention(norms[0](x), rotary, cache, batch)
         x = x + norms[1](y)

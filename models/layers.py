@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,8 +13,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas import rms_norm
+from kernels_pallas import gated_linear, linear, rms_norm
 from models.config import Activation, ModelConfig, RopeScaling
+from models.sharding import unfuse
 
 Dtype = jnp.dtype | type
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
@@ -32,11 +34,20 @@ class Compute:
       dtype: of weights and activations; norms, rotary embedding, softmax and logits are float32 in any case.
       attention_backend: a resolved name of kernels_pallas.attention_backend.
       mesh: of models.sharding.make_mesh, over which the model is split; None: it is on one device.
+      deterministic: a token's result is the same to the bit in any step.
     """
 
     dtype: Dtype
     attention_backend: str
     mesh: Mesh | None = None
+    deterministic: bool = False
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """How linear layers and norms run. Over several devices they are XLA's, which splits them."""
+        if self.mesh is not None:
+            return {"backend": "reference"}
+        return {"backend": self.attention_backend, "deterministic": self.deterministic}
 
     @property
     def shards(self) -> int:
@@ -63,10 +74,31 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
-        y = project(x, kernel, self.out_dtype or dtype)
+        y = linear(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype)
         return y
+
+
+class GatedLinear(nn.Module):
+    """x [T, in] -> activation(gate) * up, [T, out], of one kernel [2 out, in]: the gate's rows, then up's."""
+
+    features: int
+    activation: Activation
+    compute: Compute
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        F, dtype, activation = self.features, self.compute.dtype, ACTIVATIONS[self.activation]
+        kernel = self.param("kernel", _kernel_init, (2 * F, x.shape[-1]), dtype)
+        if not self.use_bias and self.compute.mesh is None:
+            return gated_linear(x, kernel, activation, **self.compute.kernels)
+        y = linear(x, kernel, out_dtype=dtype, **self.compute.kernels)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (2 * F,), dtype)
+        gate, up = unfuse(y, (F, F), self.compute.shards)
+        return activation(gate) * up
 
 
 class Embedding(nn.Module):
@@ -86,20 +118,20 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32[R, V]."""
-        return project(hidden, self.embedding, jnp.float32)
+        return linear(hidden, self.embedding, out_dtype=jnp.float32, **self.compute.kernels)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + scale) over the last axis, in float32 (arXiv 1910.07467)."""
 
     epsilon: float
-    dtype: Dtype
+    compute: Compute
     offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        return rms_norm(x, scale, self.epsilon, self.offset)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.dtype)
+        return rms_norm(x, scale, self.epsilon, self.offset, **self.compute.kernels)
 
 
 class NormScale(nn.Module):
@@ -132,25 +164,6 @@ class LayerNorm(nn.Module):
 def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
     """Keeps the variance of what passes through: the fan-in is the last axis."""
     return nn.initializers.normal(1 / math.sqrt(shape[-1]))(key, shape, dtype)
-
-
-def project(x: jax.Array, kernel: jax.Array, out_dtype: Dtype) -> jax.Array:
-    """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are rounded nowhere."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-    def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        contract_last = (((1,), (1,)), ((), ()))
-        return lax.dot_general(lhs, rhs, contract_last, precision=precision, preferred_element_type=out_dtype)
-
-    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """XLA repacks a dot's right side on every call: let it be the small one, and the barrier keep the compiler from
-        swapping them back. A bfloat16 product with one row takes it 5 times as long as with two."""
-        rows = x.shape[0]
-        if rows == 1 and x.dtype == jnp.bfloat16:
-            x = jnp.pad(x, ((0, 1), (0, 0)))
-        return lax.optimization_barrier(dot(kernel, x)).T[:rows]
-
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=dot)
 
 
 def rotary_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

@@ -22,9 +22,9 @@ from models.config_fields import (
     required,
     same_windows,
 )
-from models.layers import ACTIVATIONS, Compute, Dtype, Embedding, Linear, NormScale, RMSNorm, rotary_tables
+from models.layers import Compute, Dtype, Embedding, GatedLinear, Linear, NormScale, RMSNorm, rotary_tables
 from models.parts import Part, Path
-from models.sharding import attend, unfuse
+from models.sharding import attend
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
@@ -66,9 +66,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, F = self.config, self.config.intermediate_size
-        gate_up = Linear(2 * F, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
-        gate, up = unfuse(gate_up, (F, F), self.compute.shards)
-        y = ACTIVATIONS[c.activation](gate) * up
+        y = GatedLinear(F, c.activation, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
         return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down")(y)
 
 
@@ -81,11 +79,9 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
         c = self.config
         attention = Attention(c, self.window, self.compute, name="attention")
-        y, cache = attention(
-            RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x), rotary, cache, batch
-        )
+        y, cache = attention(RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(x), rotary, cache, batch)
         x = x + y
-        y = self.feed_forward(RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x), batch)
+        y = self.feed_forward(RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x), batch)
         return x + y, cache
 
     def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
@@ -105,7 +101,7 @@ class Llama(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.layers = self.decoder_layers()
-        self.norm = RMSNorm(c.rms_norm_eps, self.compute.dtype, self.norm_offset)
+        self.norm = RMSNorm(c.rms_norm_eps, self.compute, self.norm_offset)
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 

@@ -30,10 +30,10 @@ class Attention(nn.Module):
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x)
         q, k, v = unfuse(qkv, (H * D, K * D, K * D), self.compute.shards)
-        q = RMSNorm(c.rms_norm_eps, self.compute.dtype, name="q_norm")(q).reshape(-1, H, D)
+        q = RMSNorm(c.rms_norm_eps, self.compute, name="q_norm")(q).reshape(-1, H, D)
         k_scale = NormScale(c.num_kv_heads * D, self.compute.dtype, name="k_norm")().reshape(-1, D)
         k_scale = jnp.repeat(k_scale, K // c.num_kv_heads, axis=0).reshape(-1)
-        k = rms_norm(k, k_scale, c.rms_norm_eps).reshape(-1, K, D)
+        k = rms_norm(k, k_scale, c.rms_norm_eps, **self.compute.kernels).reshape(-1, K, D)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out, cache = attend(
             ragged_paged_attention, self.compute.mesh, (q, k, v.reshape(-1, K, D)), (), cache, batch,
@@ -53,9 +53,9 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, llama.Cache]:
         c = self.config
         y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
-        x = x + RMSNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(y)
+        x = x + RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(y)
         y = llama.FeedForward(c, self.compute, name="mlp")(x)
-        return x + RMSNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(y), cache
+        return x + RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y), cache
 
 
 class Olmo2(llama.Llama):

@@ -19,20 +19,42 @@ Params = dict[str, Any]
 
 
 def build_model(
-    config: ModelConfig, *, dtype: Dtype, attention_backend: str = "auto", mesh: Mesh | None = None
+    config: ModelConfig,
+    *,
+    dtype: Dtype,
+    attention_backend: str = "auto",
+    mesh: Mesh | None = None,
+    deterministic: bool = False,
 ) -> nn.Module:
     """The Flax module of `config`, in `dtype` float32 or bfloat16, split over `mesh` (of models.sharding.make_mesh).
 
     Raises:
-      ValueError: there is no such attention backend, the dtype is another one, or the mesh does not divide the model.
+      ValueError: there is no such attention backend, the dtype is another one, the mesh does not divide the model, or
+        it cannot be deterministic.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
     module = getattr(family_file(config.architecture), FAMILIES[config.architecture].split(":")[1])
-    compute = Compute(dtype, resolve_backend(attention_backend), mesh)
+    compute = Compute(dtype, resolve_backend(attention_backend), mesh, deterministic)
     check_divides(config, compute.shards)
+    if deterministic:
+        check_deterministic(config, compute)
     return module(config, compute)
+
+
+def check_deterministic(config: ModelConfig, compute: Compute) -> None:
+    """Raises ValueError, naming what there are no kernels for whose results are the same in every step."""
+    obstacles = {
+        "a Hopper GPU and its attention kernels (mosaic_gpu)": compute.attention_backend != "mosaic_gpu",
+        "dtype bfloat16": compute.dtype != jnp.bfloat16,
+        "tensor_parallel_size 1": compute.shards > 1,
+        "a model without sparse experts": config.experts is not None,
+        "a model without latent attention": config.latent is not None,
+        "a model with RMS norms": config.architecture == "GPT2LMHeadModel",
+    }
+    if missing := [words for words, is_missing in obstacles.items() if is_missing]:
+        raise ValueError(f"deterministic needs {', '.join(missing)}")
 
 
 def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:

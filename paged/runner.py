@@ -314,7 +314,12 @@ def step_program(
         positions = jnp.maximum(kv_lens[seq] - inputs.cu_q_lens[seq + 1] + rows, 0)
         tokens = jnp.where(inputs.tokens < 0, state.last_tokens[inputs.slots[seq]], inputs.tokens)
     batch = AttentionBatch(
-        kv_lens, block_tables[inputs.slots], inputs.cu_q_lens, inputs.num_seqs, decode_only=shape.decode_only
+        kv_lens,
+        block_tables[inputs.slots],
+        inputs.cu_q_lens,
+        inputs.num_seqs,
+        shape.decode_only,
+        model.compute.deterministic,
     )
     hidden, caches = model.apply(params, tokens, positions, state.caches, batch)
     last = hidden if shape.decode_only else hidden[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]

@@ -76,9 +76,16 @@ def build(config: EngineConfig) -> Parts:
     dtype = compute_dtype(args.dtype)
     try:
         mesh = make_mesh(config.runner.tensor_parallel_size)
-        model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend, mesh=mesh)
+        model = build_model(
+            checkpoint.config,
+            dtype=dtype,
+            attention_backend=backend,
+            mesh=mesh,
+            deterministic=config.runner.deterministic,
+        )
     except ValueError as e:
-        raise InvalidRequestError(str(e), param="tensor_parallel_size") from e
+        param = "deterministic" if str(e).startswith("deterministic") else "tensor_parallel_size"
+        raise InvalidRequestError(str(e), param=param) from e
     params = checkpoint.load_params(model, dtype, seed=args.seed)
     loaded = time.monotonic()
     try:
@@ -86,7 +93,7 @@ def build(config: EngineConfig) -> Parts:
     except InvalidRequestError:
         raise
     except Exception as error:
-        if backend == "reference" or config.runner.attention_backend != "auto":
+        if backend == "reference" or config.runner.attention_backend != "auto" or config.runner.deterministic:
             raise
         logger.warning("attention runs through plain XLA, as %s does not compile here: %s", backend, error)
         backend = "reference"

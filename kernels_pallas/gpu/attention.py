@@ -5,7 +5,7 @@ import logging
 import jax.numpy as jnp
 
 from kernels_pallas import reference
-from kernels_pallas.attention import rotated_qkv
+from kernels_pallas.attention import UnsupportedShapeError, rotated_qkv
 from kernels_pallas.gpu.decode import decode_attention
 from kernels_pallas.gpu.prefill import prefill_attention
 from kernels_pallas.gpu.qkv import rotate_and_write
@@ -17,7 +17,7 @@ cache_shape = reference.cache_shape  # a [N, D] slab of one block and head is co
 def ragged_paged_attention(q, k, v, cache, batch, *, scale, window=None, soft_cap=None, sinks=None):
     """See kernels_pallas.attention."""
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
-    if _falls_back(q.shape[1], cache):
+    if _falls_back(q.shape[1], cache, batch):
         return reference.ragged_paged_attention(q, k, v, cache, batch, **options)
     cache = reference.write_cache(k, v, cache, batch)
     return _attend(q.astype(cache[0].dtype), cache, batch, **options).astype(q.dtype), cache
@@ -28,7 +28,7 @@ def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     T, _, D = qkv.shape
     tables = [table.reshape(T, -1) for table in rotary]
-    if qkv.dtype != cache[0].dtype or 2 * tables[0].shape[1] != D or _falls_back(num_heads, cache):
+    if qkv.dtype != cache[0].dtype or 2 * tables[0].shape[1] != D or _falls_back(num_heads, cache, batch):
         q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
         return ragged_paged_attention(q, k, v, cache, batch, **options)
     block, offset = reference.places(T, cache, batch)
@@ -43,6 +43,11 @@ def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=
 
 def _attend(q, cache, batch, *, sinks, **options):
     """q [T, H, D], of the cache's dtype, over what is cached, this step's keys and values among it."""
+    if batch.deterministic:  # a token's kernel must not follow from the step that it is in
+        no_decodes = batch.num_seqs.at[0].set(0)
+        return prefill_attention(
+            q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, no_decodes, sinks, **options
+        )
     if batch.decode_only:
         return decode_attention(q, *cache, batch.kv_lens, batch.block_tables, sinks, **options)
     out = prefill_attention(
@@ -55,8 +60,10 @@ def _attend(q, cache, batch, *, sinks, **options):
     return out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True)
 
 
-def _falls_back(num_heads, cache) -> bool:
+def _falls_back(num_heads, cache, batch) -> bool:
     if unsupported := _unsupported(num_heads, cache):
+        if batch.deterministic:
+            raise UnsupportedShapeError(f"deterministic: there is no attention kernel for {unsupported}")
         log.warning("No attention kernel for %s: attention runs through plain XLA", unsupported)
     return bool(unsupported)
 

@@ -1,9 +1,10 @@
 """Linear layers of few rows: y = x W^T, where reading W is what takes the time.
 
 A CTA multiplies all rows (64 to a compute warpgroup) by some of W's rows, which its memory warpgroup streams through a
-ring of tiles. Where W has too few rows for every SM, its columns are split too, and the caller adds the parts. How W is
-split follows from its shape alone, and each product is accumulated along its columns in one order, so that a row's
-result never depends on how many there are.
+ring of tiles. x comes out of the L2 once for every CTA, which would soon be more than W: the CTAs of a cluster fetch a
+part of it each, for all of them. Where W has too few rows for every SM, its columns are split too, and the caller adds
+the parts. How W is split follows from its shape alone, and each product is accumulated along its columns in one order,
+so that a row's result never depends on how many there are.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from jax import lax
 from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
-NARROW = 32  # rows of W that a CTA should have at least: x is read once for each CTA
+NARROW = 32  # rows of W that a CTA should have at least
+CLUSTER = 4  # CTAs that fetch x together
 ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
 
 
@@ -33,6 +35,7 @@ class LinearConfig:
       splits: of W's columns.
       depth: columns in one stage of the ring.
       stages: of the ring.
+      cluster: CTAs that fetch x together.
     """
 
     warpgroups: int
@@ -40,25 +43,46 @@ class LinearConfig:
     splits: int
     depth: int
     stages: int
+    cluster: int = 1
 
     @classmethod
-    def of(cls, M: int, F: int, C: int, gated: bool = False) -> "LinearConfig":
+    def of(cls, M: int, F: int, C: int, gated: bool = False, most: int = CLUSTER) -> "LinearConfig":
         """For x [M, C] and W [F, C] (two such, if gated)."""
         halves, sms = 1 + gated, num_sms()
         warpgroups = 1 if M <= ROWS else 2
+        rows = ROWS * warpgroups
         splits = 1 if gated else max(1, min(C // 256, sms * NARROW // F))
-        row_tiles = pl.cdiv(M, ROWS * warpgroups)
-
-        def cost(features):
-            """Bytes that the busiest SM reads."""
-            rounds = pl.cdiv(row_tiles * (F // features) * splits, sms)
-            return rounds * ((ROWS * warpgroups + halves * features) * C // splits * 2 + ITEM_COST)
-
+        row_tiles = pl.cdiv(M, rows)
+        sizes = [n for n in range(1, most + 1) if n & (n - 1) == 0 and min(M, ROWS) // 8 % n == 0] or [1]
         widest = 128 if gated else 256
-        features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
-        column = (ROWS * warpgroups + halves * features) * 2
+        shapes = [(n, c) for n in range(8, widest + 1, 8) if F % n == 0 for c in sizes if F // n % c == 0]
+
+        def cost(shape):
+            """Bytes that the busiest SM reads."""
+            features, cluster = shape
+            rounds = pl.cdiv(row_tiles * (F // features // cluster) * splits, sms // cluster)
+            return rounds * ((rows // cluster + halves * features) * C // splits * 2 + ITEM_COST)
+
+        features, cluster = min(shapes, key=cost)
+        column = (rows + halves * features) * 2
         depth = 128 if C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
-        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12))
+        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12), cluster)
+
+
+def unsupported(x, kernel, gated: bool) -> str | None:
+    """What the kernel cannot do in these shapes, in words, or None."""
+    (rows, C), halves = kernel.shape, 1 + gated
+    if x.dtype != kernel.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"linear layers of {x.dtype}"
+    if C % 64 or rows % (8 * halves):
+        return f"a linear layer from {C} to {rows // halves} features"
+    return None
+
+
+def slower_than_xla(x, kernel, gated: bool) -> bool:
+    """As measured: one row is a sum over each of W's rows, and many are a product bound by arithmetic."""
+    M, rows = x.shape[0], kernel.shape[0] // (1 + gated)
+    return not 8 <= M <= 256 or rows > 65536
 
 
 def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):
@@ -91,14 +115,17 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
     M, C = x.shape
     halves, F, _ = kernel.shape
     full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
-    free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
+    barrier = partial(plgpu.ClusterBarrier, collective_axes=("peer",)) if config.cluster > 1 else plgpu.Barrier
+    free = barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
-    items = row_tiles * (F // config.features) * config.splits
+    items = row_tiles * (F // config.features // config.cluster) * config.splits
     return plgpu.kernel(
         partial(_multiply, M=M, row_tiles=row_tiles, items=items, activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
-        grid=(min(items, num_sms()),),
+        grid=(min(items, num_sms() // config.cluster),),
         grid_names=("cta",),
+        cluster=(config.cluster,),
+        cluster_names=("peer",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="linear",
@@ -117,6 +144,7 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
     stages, depth, features = jnp.int32(config.stages), config.depth, config.features
     mine = lax.div(items - cta + ctas - 1, ctas)
+    together = "peer" if config.cluster > 1 else None
 
     def item(i):
         """Row of x, split, row of W, and the range of stages along C. Neighbours have the same rows of W."""
@@ -124,7 +152,7 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
         row = lax.rem(i, jnp.int32(row_tiles)) * (ROWS * config.warpgroups)
         i = lax.div(i, jnp.int32(row_tiles))
         split = lax.rem(i, jnp.int32(config.splits))
-        feature = lax.div(i, jnp.int32(config.splits)) * features
+        feature = (lax.div(i, jnp.int32(config.splits)) * config.cluster + lax.axis_index("peer")) * features
         begin, end = (lax.div((split + j) * (C // depth), jnp.int32(config.splits)) for j in range(2))
         return row, split, feature, begin, end
 
@@ -171,9 +199,16 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
                     plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
                 for g in range(config.warpgroups):
                     rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
-                    plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
+                    to = x_smem.at[slot, g, pl.ds(0, fetched)]
+                    plgpu.copy_gmem_to_smem(rows, to, ready.at[slot], collective_axes=together)
 
             lax.fori_loop(0, end - begin, stage, None)
             return step + end - begin
 
-        lax.fori_loop(0, mine, fetch, jnp.int32(0))
+        step = lax.fori_loop(0, mine, fetch, jnp.int32(0))
+        if config.cluster > 1:  # no CTA may leave while others still tell it that they are done with a stage
+
+            def drain(k, _):
+                plgpu.barrier_wait(free.at[lax.rem(k, stages)])
+
+            lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)

@@ -11,9 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import LOG2E, PARAMS
-
-WARPGROUP = 128  # threads
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP
 
 
 def stored_rows(G: int, D: int) -> int:

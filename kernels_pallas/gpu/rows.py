@@ -15,6 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 ROWS = 64  # of a wgmma
+WARPGROUP = 128  # threads
 LOG2E = math.log2(math.e)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]  # what wgmma reads
 PARAMS = plgpu.CompilerParams(
@@ -56,7 +57,7 @@ def store_heads(ref, x, first, start, stop) -> None:
 
 
 def store_rows(ref, x, stop, start=0, to=0) -> None:
-    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], from its row `to` + start on, or flat, [any * D]."""
+    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], `to` rows further on, or flat, [any * D]."""
     _store(ref, x, start, stop, plgpu.Layout.WGMMA, to)
 
 
@@ -93,7 +94,7 @@ def _store(ref, x, start, stop, layout, shift=0):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
     def store(_, ref, x, *bounds):
         index = ir.IndexType.get()
-        if mgpu.bitwidth(x.mlir_dtype) == 16 and x.layout == WGMMA_LAYOUT:
+        if mgpu.bitwidth(x.mlir_dtype) == 16 and x.layout == WGMMA_LAYOUT and x.shape[1] % 32 == 0:
             x = _eight_columns(x)
         first, end, shift = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
         for (row, *column), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas import AttentionBatch
+from kernels_pallas.linear import through_xla
 from models import ModelConfig, build_model, param_shapes
-from models.layers import project
 
 CONFIG = ModelConfig(
     architecture="MistralForCausalLM",
@@ -47,13 +47,15 @@ def test_project_is_a_matrix_product(rows: int, dtype) -> None:
     x = jax.random.normal(jax.random.key(0), (rows, 96), dtype)
     kernel = jax.random.normal(jax.random.key(1), (56, 96), dtype)
     exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T
-    np.testing.assert_allclose(jax.jit(project, static_argnums=2)(x, kernel, jnp.float32), exact, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(through_xla, static_argnums=2)(x, kernel, jnp.float32), exact, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_project_lowers_for_accelerators_as_a_plain_dot() -> None:
     x, kernel = jax.ShapeDtypeStruct((4, 96), jnp.bfloat16), jax.ShapeDtypeStruct((56, 96), jnp.bfloat16)
     for platform in ("cuda", "tpu"):
-        traced = jax.jit(project, static_argnums=2).trace(x, kernel, jnp.bfloat16)
+        traced = jax.jit(through_xla, static_argnums=2).trace(x, kernel, jnp.bfloat16)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert text.count("stablehlo.dot_general") == 1 and "optimization_barrier" not in text
 

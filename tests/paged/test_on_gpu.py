@@ -49,3 +49,36 @@ def test_every_greedy_token_is_the_references_best(folder):
             differences.append(best - logprobs[position][token].logprob)
     reference.close()
     assert max(differences) < CLOSE and sum(d > 0 for d in differences) < len(differences) / 10
+
+
+def test_deterministic_tokens_are_the_same_in_any_company(folder):
+    """Each of a few requests alone, and in random mixes, with other requests' prompts, chunk sizes and batches."""
+    rng = random.Random()
+    sampling = [
+        {"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.2, "top_k": 40}
+    ]  # fmt: skip
+    watched = {
+        f"watched-{i}": ([rng.randrange(4096) for _ in range(rng.randint(1, 400))], options | {"max_tokens": 24})
+        for i, options in enumerate(sampling)
+    }
+    params = lambda options, seed: SamplingParams(**options, seed=seed, ignore_eos=True)  # noqa: E731
+    alone: dict[str, list[int]] = {}
+    for tokens_a_step in (512, 96):
+        options = OPTIONS | {"max_num_batched_tokens": tokens_a_step, "enable_prefix_caching": False}
+        engine = make_engine(folder, attention_backend="mosaic_gpu", deterministic=True, **options)
+        if not alone:
+            for name, (prompt, options) in watched.items():
+                [answer] = run(engine, {name: (prompt, params(options, 7))}).values()
+                alone[name] = tokens(answer)
+        for _ in range(50):
+            names = rng.sample(list(watched), rng.randint(1, 4))
+            mix = {name: (watched[name][0], params(watched[name][1], 7)) for name in names}
+            for i in range(rng.randint(0, 14)):
+                prompt = [rng.randrange(4096) for _ in range(rng.randint(1, 300))]
+                mix[f"other-{i}"] = prompt, params(rng.choice(sampling) | {"max_tokens": rng.randint(1, 40)}, i)
+            order = rng.sample(list(mix), len(mix))
+            answers = run(engine, {name: mix[name] for name in order})
+            for name in names:
+                assert tokens(answers[name]) == alone[name]
+        engine.close()
+        del engine

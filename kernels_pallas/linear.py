@@ -1,0 +1,87 @@
+"""Linear layers and norms: plain XLA, and the kernels that are faster on some machines and shapes, or always the same.
+
+T tokens. `deterministic`: a token's result is the same to the bit whatever the other tokens and T; there are kernels
+for that on Hopper alone.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.attention import UnsupportedShapeError
+from kernels_pallas.rotary import rms_norm as rms_norm_through_xla
+
+
+def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False) -> jax.Array:
+    """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are rounded nowhere.
+
+    Raises:
+      UnsupportedShapeError: `deterministic`, and there is no kernel for this shape.
+    """
+    if _kernel_serves(x, kernel, backend, deterministic):
+        from kernels_pallas.gpu.linear import linear_parts
+
+        parts = linear_parts(x, kernel, out_dtype=out_dtype)
+        return sum(parts[1:], start=parts[0]).astype(out_dtype)  # in this order, and where it can fuse
+    return through_xla(x, kernel, out_dtype)
+
+
+def gated_linear(
+    x: jax.Array,
+    kernel: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+    *,
+    backend: str,
+    deterministic: bool = False,
+) -> jax.Array:
+    """activation(gate) * up, where x [T, in] and kernel [2 F, in] give [gate, up] -> [T, F]. Raises as `linear`."""
+    if _kernel_serves(x, kernel, backend, deterministic, gated=True):
+        from kernels_pallas.gpu import linear
+
+        return linear.gated_linear(x, kernel, activation)
+    gate, up = jnp.split(through_xla(x, kernel, x.dtype), 2, axis=1)
+    return activation(gate) * up
+
+
+def rms_norm(
+    x: jax.Array, weight: jax.Array, epsilon: float, offset: float = 0.0, *, backend: str, deterministic: bool = False
+) -> jax.Array:
+    """x [T, E] / rms(x) * (offset + weight), in float32 (arXiv 1910.07467); in weight's dtype."""
+    if backend == "mosaic_gpu":
+        from kernels_pallas.gpu import norm
+
+        if deterministic or norm.serves(x, weight):
+            return norm.rms_norm(x, weight, epsilon, offset)
+    return rms_norm_through_xla(x, weight, epsilon, offset)
+
+
+def _kernel_serves(x, kernel, backend: str, deterministic: bool, gated: bool = False) -> bool:
+    if backend != "mosaic_gpu":
+        return False
+    from kernels_pallas.gpu import linear
+
+    unsupported = linear.unsupported(x, kernel, gated)
+    if deterministic and unsupported:
+        raise UnsupportedShapeError(f"deterministic: there is no kernel for {unsupported}; leave deterministic off")
+    return deterministic or not (unsupported or linear.slower_than_xla(x, kernel, gated))
+
+
+def through_xla(x: jax.Array, kernel: jax.Array, out_dtype) -> jax.Array:
+    """As `linear`."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        contract_last = (((1,), (1,)), ((), ()))
+        return lax.dot_general(lhs, rhs, contract_last, precision=precision, preferred_element_type=out_dtype)
+
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """XLA repacks a dot's right side on every call: let it be the small one, and the barrier keep the compiler from
+        swapping them back. A bfloat16 product with one row takes it 5 times as long as with two."""
+        rows = x.shape[0]
+        if rows == 1 and x.dtype == jnp.bfloat16:
+            x = jnp.pad(x, ((0, 1), (0, 0)))
+        return lax.optimization_barrier(dot(kernel, x)).T[:rows]
+
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=dot)

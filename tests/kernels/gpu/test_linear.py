@@ -1,0 +1,68 @@
+"""Linear layers and norms on the GPU, against float32, and that a row's result never depends on the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.gpu import linear, norm
+from kernels_pallas.rotary import rms_norm
+from models.layers import ACTIVATIONS
+
+pytestmark = pytest.mark.gpu
+SHAPES = [(576, 576), (1536, 576), (1024, 3072), (4096, 1024), (6144, 4096), (4096, 14336), (1000, 192), (49152, 576)]
+ROWS = [1, 5, 8, 16, 40, 64, 65, 128, 200, 256, 700]
+
+
+def random(*shape, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng().standard_normal(shape), jnp.float32).astype(dtype)
+
+
+def exact(x, kernel):
+    with jax.default_matmul_precision("highest"):
+        return x.astype(jnp.float32) @ kernel.astype(jnp.float32).T
+
+
+def difference(y, expected):
+    y, expected = np.asarray(y, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(y - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("features", "columns"), SHAPES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+def test_products(features, columns, dtype):
+    kernel = random(features, columns, dtype=dtype) / columns**0.5
+    x = random(max(ROWS), columns, dtype=dtype)
+    expected, whole = exact(x, kernel), None
+    for rows in reversed(ROWS):
+        parts = linear.linear_parts(x[:rows], kernel, out_dtype=jnp.float32)
+        y = np.asarray(parts.sum(axis=0))
+        assert difference(y, expected[:rows]) < 1e-5
+        whole = y if whole is None else whole
+        assert (y == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(("features", "columns"), [(1536, 576), (3072, 1024), (14336, 4096), (1000, 192)])
+def test_gated(features, columns, activation):
+    kernel = random(2 * features, columns) / columns**0.5
+    x, act = random(max(ROWS), columns), ACTIVATIONS[activation]
+    gate, up = jnp.split(exact(x, kernel), 2, axis=1)
+    expected, whole = act(gate) * up, None
+    for rows in reversed(ROWS):
+        y = np.asarray(linear.gated_linear(x[:rows], kernel, act).astype(jnp.float32))
+        assert difference(y, expected[:rows]) < 4e-3
+        whole = y if whole is None else whole
+        assert (y == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("features", [64, 576, 1024, 2560, 4096, 16384])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(features, offset):
+    x, weight = random(max(ROWS), features) * 3, random(features)
+    expected, whole = rms_norm(x.astype(jnp.float32), weight.astype(jnp.float32), 1e-6, offset), None
+    for rows in reversed(ROWS):
+        y = np.asarray(norm.rms_norm(x[:rows], weight, 1e-6, offset).astype(jnp.float32))
+        assert difference(y, expected[:rows]) < 4e-3
+        whole = y if whole is None else whole
+        assert (y == whole[:rows]).all()
