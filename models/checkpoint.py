@@ -1,6 +1,7 @@
 """Opens a model by name: what it is (configuration, tokenizer, generation defaults) at once, its weights when asked."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
+import numpy as np
 
 from models.config import ModelConfig
 from models.config_fields import token_ids
@@ -18,9 +20,11 @@ from models.layers import Dtype
 from models.orbax_checkpoint import OrbaxSource, is_orbax
 from models.params import load_params, random_params
 from models.parts import TensorSource
-from models.registry import Params
+from models.registry import HEAD, Params, canonical_source, embedding_name
 from models.safetensors_reader import SafetensorsSource
 from models.tokenizer import FastTokenizer, load_tokenizer, tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "orbax", "dummy"]
 
@@ -127,14 +131,25 @@ def _open_directory(path: Path, load_format: LoadFormat) -> Checkpoint:
             raise ValueError(f"{path} has {len(ggufs)} .gguf files: name one of them")
         return _open_gguf(ggufs[0], load_format)
     config = ModelConfig.from_hf(_read_json(path / "config.json"))
+    stored = None if load_format == "dummy" else SafetensorsSource(path)
+    if stored is not None and config.tie_word_embeddings and _has_a_head(stored, config):
+        logger.warning("%s ties its head to its embedding in config.json, but has another one, which is used", path)
+        config = replace(config, tie_word_embeddings=False)
     generation_config = _generation_config(path)
     eos = (*config.eos_token_ids, *token_ids(generation_config.get("eos_token_id")))
     return Checkpoint(
         replace(config, eos_token_ids=tuple(dict.fromkeys(eos))),
         generation_config,
-        None if load_format == "dummy" else SafetensorsSource(path),
+        stored,
         _tokenizer_of(path),
     )
+
+
+def _has_a_head(source: TensorSource, config: ModelConfig) -> bool:
+    """Of its own: a tensor with other numbers than the embedding's. transformers 5 does not tie that either."""
+    named, embedding = canonical_source(source, config), embedding_name(config)
+    both_stored = HEAD in named.names and embedding in named.names
+    return both_stored and not np.array_equal(named.read(HEAD), named.read(embedding))
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

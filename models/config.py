@@ -28,6 +28,7 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": "deepseek:DeepSeek",
     "Gemma2ForCausalLM": "gemma:Gemma",
     "Gemma3ForCausalLM": "gemma:Gemma",
+    "Gemma3ForConditionalGeneration": "gemma:Gemma",
     "Olmo2ForCausalLM": "olmo:Olmo2",
     "Phi3ForCausalLM": "phi:Llama",
     "GPT2LMHeadModel": "gpt2:GPT2",
@@ -171,7 +172,7 @@ class ModelConfig:
           ValueError: the architecture, or something that it is set to, is not supported, or a value is missing.
         """
         architecture = _architecture(config)
-        config = {**DEFAULTS[architecture], **config}
+        config = {**DEFAULTS[architecture], **_text_config(architecture, config)}
         return cls(architecture=architecture, **family_file(architecture).hf_fields(architecture, config))
 
     @classmethod
@@ -192,6 +193,14 @@ class ModelConfig:
 def family_file(architecture: str) -> ModuleType:
     """The file of models/ that implements `architecture`, a key of FAMILIES."""
     return importlib.import_module(f"models.{FAMILIES[architecture].split(':')[0]}")
+
+
+def _text_config(architecture: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the text model, which a multimodal model's config.json has inside, but for these."""
+    if not architecture.endswith("ForConditionalGeneration"):
+        return config
+    beside = ("bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings")
+    return {**(config.get("text_config") or {}), **{name: config[name] for name in beside if name in config}}
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -147,6 +147,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": _GEMMA3,
     "Olmo2ForCausalLM": {**_LLAMA, "vocab_size": 50_304, "rms_norm_eps": 1e-5},
     "Phi3ForCausalLM": {
         **_LLAMA,

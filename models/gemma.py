@@ -27,12 +27,15 @@ from models.config_fields import (
     rope,
 )
 from models.layers import Compute, RMSNorm, rotary_tables
-from models.parts import Part, Path
+from models.parts import Part, Path, TensorSource
+from models.renamed_tensors import RenamedTensors
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
 Norm = partial(RMSNorm, offset=1.0)
 OTHER_NORMS = ("attention_norm", "mlp_norm")  # Llama's
+MULTIMODAL = "Gemma3ForConditionalGeneration"
+OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -90,9 +93,11 @@ def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:
     """ModelConfig's fields from config.json. Raises ValueError for what is not supported."""
     config = {**config, "use_bidirectional_attention": bool(config.get("use_bidirectional_attention"))}
     refuse_unless(architecture, config, use_bidirectional_attention=False)
-    is_gemma3 = architecture == "Gemma3ForCausalLM"
+    is_gemma3 = architecture != "Gemma2ForCausalLM"
+    if architecture == MULTIMODAL:
+        refuse_unless(architecture, config, final_logit_softcapping=None)  # as with the other one below
     if is_gemma3:
-        refuse_unless(architecture, config, attn_logit_softcapping=None)  # transformers has the name, and no cap
+        refuse_unless(architecture, config, attn_logit_softcapping=None)  # transformers knows it, and caps nothing
         config, local_theta = _gemma3_rope(config)
     fields = decoder_fields(config, activation_key="hidden_activation")
     period = required(config, "sliding_window_pattern") if is_gemma3 else 2
@@ -119,7 +124,7 @@ def _gemma3_rope(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
     if set(by_type) - {"full_attention", "sliding_attention"}:
         raise ValueError("config.json must divide rope_parameters into full_attention and sliding_attention")
     full = {**(by_type.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
-    refuse_unless("Gemma3ForCausalLM", full, truncate=True)  # transformers reads it one level higher
+    refuse_unless("Gemma 3", full, truncate=True)  # transformers reads it one level higher
     local = by_type.get("sliding_attention") or {}
     local_theta, local_scaling = rope(local, {**config, "rope_theta": config["rope_local_base_freq"]})
     if local_scaling is not None:
@@ -157,3 +162,16 @@ def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
         for norm in NORMS:
             parts[f"layers_{layer}", norm, "scale"] = (Part(f"model.layers.{layer}.{norm}.weight"),)
     return parts
+
+
+def canonical_source(source: TensorSource, config: ModelConfig) -> TensorSource:
+    """Of a multimodal model what makes text, as transformers 4 ("language_model.model.") or 5 ("model.language_model.")
+    names it."""
+    if config.architecture != MULTIMODAL:
+        return source
+    stored_as = {}
+    for name in source.names:
+        inner = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+        if not inner.startswith(OF_IMAGES):
+            stored_as[inner if inner == "lm_head.weight" else f"model.{inner}"] = name
+    return RenamedTensors(source, stored_as)

@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
 from models.layers import ACTIVATIONS, Compute, Embedding, LayerNorm, Linear
 from models.parts import Part, Path, TensorSource
+from models.renamed_tensors import RenamedTensors
 from models.sharding import attend, unfuse
 
 Cache = Any
@@ -112,20 +113,15 @@ def canonical_source(source: TensorSource, config: ModelConfig) -> TensorSource:
     return GPT2Tensors(source)
 
 
-class GPT2Tensors:
+class GPT2Tensors(RenamedTensors):
     """GPT-2's tensors: named with or without "transformer.", beside masks that nobody needs, and the weights of linear
     layers transposed to [in, out]."""
 
     def __init__(self, source: TensorSource):
-        self._source = source
         masks = (".attn.bias", ".attn.masked_bias")
-        self._stored_as = {name.removeprefix(PREFIX): name for name in source.names if not name.endswith(masks)}
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._stored_as)
+        super().__init__(source, {n.removeprefix(PREFIX): n for n in source.names if not n.endswith(masks)})
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
-        tensor = self._source.read(self._stored_as[name])
+        tensor = super().read(name)
         is_linear = name.endswith(tuple(f"{linear}.weight" for linear in LINEARS.values()))
         return tensor.T if is_linear else tensor

@@ -19,7 +19,7 @@ from models.layers import Dtype
 from models.orbax_checkpoint import OrbaxSource
 from models.parts import Part, Path, TensorSource
 from models.raw_arrays import aligned_empty
-from models.registry import Params, canonical_source, param_shapes, tensor_parts, where_is
+from models.registry import HEAD, Params, canonical_source, param_shapes, tensor_parts, where_is
 from models.sharding import Placement, in_device_order, place
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # old Llama checkpoints store what is computed from config.json
@@ -134,7 +134,7 @@ def _check_names(needed: set[str], source: TensorSource, *, tied: bool) -> None:
     unused = sorted(
         name
         for name in set(source.names) - needed
-        if not name.endswith(IGNORED_SUFFIXES) and not (tied and name == "lm_head.weight")
+        if not name.endswith(IGNORED_SUFFIXES) and not (tied and name == HEAD)
     )
     if unused:
         raise ValueError(

@@ -13,9 +13,11 @@ from kernels_pallas import attention_backend as resolve_backend
 from models.config import FAMILIES, ModelConfig, family_file
 from models.layers import Compute, Dtype
 from models.parts import Part, Path, TensorSource
+from models.renamed_tensors import RenamedTensors
 from models.sharding import Placement, check_divides, placement, sharded
 
 Params = dict[str, Any]
+HEAD = "lm_head.weight"
 
 
 def build_model(
@@ -63,9 +65,25 @@ def tensor_parts(config: ModelConfig) -> dict[Path, tuple[Part, ...]]:
 
 
 def canonical_source(source: TensorSource, config: ModelConfig) -> TensorSource:
-    """`source` with the names and layouts that `tensor_parts` speaks of, where a family's checkpoints have several."""
+    """`source` with the names and layouts that `tensor_parts` speaks of.
+
+    Beside what is a family's own: a model that was saved without its head lacks the prefix "model.", and one that ties
+    its head to its embedding may have either of the two.
+    """
     file = family_file(config.architecture)
-    return file.canonical_source(source, config) if hasattr(file, "canonical_source") else source
+    if hasattr(file, "canonical_source"):
+        source = file.canonical_source(source, config)
+    stored_as = {name: name for name in source.names}
+    if "embed_tokens.weight" in stored_as:
+        stored_as = {name if name == HEAD else f"model.{name}": name for name in stored_as}
+    if config.tie_word_embeddings and HEAD in stored_as:
+        stored_as.setdefault(embedding_name(config), stored_as[HEAD])
+    return RenamedTensors(source, stored_as)
+
+
+def embedding_name(config: ModelConfig) -> str:
+    """Of the checkpoint's tensor."""
+    return tensor_parts(config)["embed", "embedding"][0].name
 
 
 def param_shapes(model: nn.Module) -> Params:

@@ -112,6 +112,27 @@ def fails(path: Path, *words: str) -> None:
         load(path)
 
 
+def test_a_tied_head_may_be_stored_as_well(copied) -> None:
+    path = copied("llama-mqa")
+    rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    model, params = load(path)
+    assert model.config.tie_word_embeddings and "head" not in params
+
+
+def test_a_head_that_is_another_is_not_tied(copied, caplog: pytest.LogCaptureFixture) -> None:
+    path = copied("llama-mqa")
+    rewrite(path, lambda t: t.update({"lm_head.weight": 2 * t["model.embed_tokens.weight"]}))
+    model, params = load(path)
+    assert not model.config.tie_word_embeddings and "has another one, which is used" in caplog.text
+    np.testing.assert_array_equal(params["head"]["kernel"], 2 * params["embed"]["embedding"])
+
+
+def test_a_head_that_is_not_tied_must_be_there(copied) -> None:
+    path = copied("llama3")
+    rewrite(path, lambda t: t.pop("lm_head.weight"))
+    fails(path, "lacks", "lm_head.weight")
+
+
 def test_a_missing_tensor_is_named(copied) -> None:
     path = copied("llama3")
     rewrite(path, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))

@@ -221,6 +221,19 @@ def test_gemma3_windows_and_rotary_bases() -> None:
     assert ModelConfig.from_hf(new) == replace(old, rope_scaling=RopeScaling(kind="linear", factor=8.0))
 
 
+def test_gemma3_with_images_is_the_text_model_inside() -> None:
+    """As published with 4B parameters."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}  # fmt: skip
+    published = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "text_config": text}
+    config = ModelConfig.from_hf({**published, "vision_config": {"hidden_size": 1152, "num_attention_heads": 16}})
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262_208)
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=8.0) and config.eos_token_ids == (1, 106)
+    assert config.sliding_windows[:6] == (1024,) * 5 + (None,) and config.tie_word_embeddings
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        ModelConfig.from_hf({**published, "text_config": {**text, "final_logit_softcapping": 30.0}})
+
+
 def test_gemma2_caps_by_default_and_alternates() -> None:
     config = ModelConfig.from_hf(
         {**GEMMA3_1B, "architectures": ["Gemma2ForCausalLM"], "query_pre_attn_scalar": 144, "rope_theta": 10000.0}

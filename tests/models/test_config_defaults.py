@@ -32,6 +32,7 @@ CLASSES: dict[str, Any] = {
     "DeepseekV3ForCausalLM": transformers.DeepseekV3Config,
     "Gemma2ForCausalLM": transformers.Gemma2Config,
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
+    "Gemma3ForConditionalGeneration": transformers.Gemma3Config,
     "Olmo2ForCausalLM": transformers.Olmo2Config,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "GPT2LMHeadModel": transformers.GPT2Config,
@@ -107,6 +108,8 @@ def test_whatever_is_left_out_of_a_published_config(published: dict[str, Any]) -
 def test_rope_in_old_and_new_names(architecture: str) -> None:
     chosen = {"num_experts_per_tok": 2} if architecture == "DeepseekV2ForCausalLM" else {}
     for rope in ROPES:
-        if architecture == "Gemma3ForCausalLM" and (parameters := rope.get("rope_parameters")):
+        if architecture.startswith("Gemma3") and (parameters := rope.get("rope_parameters")):
             rope = {"rope_parameters": {"full_attention": parameters}}
+        if architecture == "Gemma3ForConditionalGeneration":
+            rope = {"text_config": {**rope, "max_position_embeddings": 4096}}
         check({"architectures": [architecture], "max_position_embeddings": 4096, **chosen, **rope})
