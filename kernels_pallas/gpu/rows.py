@@ -57,7 +57,10 @@ def store_heads(ref, x, first, start, stop) -> None:
 
 
 def store_rows(ref, x, stop, start=0, to=0) -> None:
-    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], `to` rows further on, or flat, [any * D]."""
+    """Stores rows `start` to `stop` - 1 of x [ROWS, D] to ref [any, D], `to` rows further on, or flat, [any * D].
+
+    A row of 16-bit numbers in ref must begin at a multiple of 16 bytes.
+    """
     _store(ref, x, start, stop, plgpu.Layout.WGMMA, to)
 
 
