@@ -1,10 +1,9 @@
 """Linear layers of few rows: y = x W^T, where reading W is what takes the time.
 
 A CTA multiplies all rows (64 to a compute warpgroup) by some of W's rows, which its memory warpgroup streams through a
-ring of tiles. x comes out of the L2 once for every CTA, which would soon be more than W: the CTAs of a cluster fetch a
-part of it each, for all of them. Where W has too few rows for every SM, its columns are split too, and the caller adds
-the parts. How W is split follows from its shape alone, and each product is accumulated along its columns in one order,
-so that a row's result never depends on how many there are.
+ring of tiles. Where W has too few rows for every SM, its columns are split too, and the caller adds the parts. How W is
+split follows from its shape alone, and each product is accumulated along its columns in one order, so that a row's
+result never depends on how many there are.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, ti
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
-CLUSTER = 4  # CTAs that fetch x together
+OVERLAP = False
 ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
 
 
@@ -35,7 +34,6 @@ class LinearConfig:
       splits: of W's columns.
       depth: columns in one stage of the ring.
       stages: of the ring.
-      cluster: CTAs that fetch x together.
     """
 
     warpgroups: int
@@ -43,30 +41,27 @@ class LinearConfig:
     splits: int
     depth: int
     stages: int
-    cluster: int = 1
+    overlap: bool = False
 
     @classmethod
-    def of(cls, M: int, F: int, C: int, gated: bool = False, most: int = CLUSTER) -> "LinearConfig":
+    def of(cls, M: int, F: int, C: int, gated: bool = False) -> "LinearConfig":
         """For x [M, C] and W [F, C] (two such, if gated)."""
         halves, sms = 1 + gated, num_sms()
         warpgroups = 1 if M <= ROWS else 2
         rows = ROWS * warpgroups
         splits = 1 if gated else max(1, min(C // 256, sms * NARROW // F))
         row_tiles = pl.cdiv(M, rows)
-        sizes = [n for n in range(1, most + 1) if n & (n - 1) == 0 and min(M, ROWS) // 8 % n == 0] or [1]
-        widest = 128 if gated else 256
-        shapes = [(n, c) for n in range(8, widest + 1, 8) if F % n == 0 for c in sizes if F // n % c == 0]
 
-        def cost(shape):
+        def cost(features):
             """Bytes that the busiest SM reads."""
-            features, cluster = shape
-            rounds = pl.cdiv(row_tiles * (F // features // cluster) * splits, sms // cluster)
-            return rounds * ((rows // cluster + halves * features) * C // splits * 2 + ITEM_COST)
+            rounds = pl.cdiv(row_tiles * (F // features) * splits, sms)
+            return rounds * ((rows + halves * features) * C // splits * 2 + ITEM_COST)
 
-        features, cluster = min(shapes, key=cost)
+        widest = 128 if gated else 256
+        features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
         column = (rows + halves * features) * 2
         depth = 128 if C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
-        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12), cluster)
+        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12), OVERLAP)
 
 
 def unsupported(x, kernel, gated: bool) -> str | None:
@@ -115,17 +110,14 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
     M, C = x.shape
     halves, F, _ = kernel.shape
     full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
-    barrier = partial(plgpu.ClusterBarrier, collective_axes=("peer",)) if config.cluster > 1 else plgpu.Barrier
-    free = barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
+    free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
-    items = row_tiles * (F // config.features // config.cluster) * config.splits
+    items = row_tiles * (F // config.features) * config.splits
     return plgpu.kernel(
         partial(_multiply, M=M, row_tiles=row_tiles, items=items, activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
-        grid=(min(items, num_sms() // config.cluster),),
+        grid=(min(items, num_sms()),),
         grid_names=("cta",),
-        cluster=(config.cluster,),
-        cluster_names=("peer",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="linear",
@@ -144,7 +136,6 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
     stages, depth, features = jnp.int32(config.stages), config.depth, config.features
     mine = lax.div(items - cta + ctas - 1, ctas)
-    together = "peer" if config.cluster > 1 else None
 
     def item(i):
         """Row of x, split, row of W, and the range of stages along C. Neighbours have the same rows of W."""
@@ -152,12 +143,15 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
         row = lax.rem(i, jnp.int32(row_tiles)) * (ROWS * config.warpgroups)
         i = lax.div(i, jnp.int32(row_tiles))
         split = lax.rem(i, jnp.int32(config.splits))
-        feature = (lax.div(i, jnp.int32(config.splits)) * config.cluster + lax.axis_index("peer")) * features
+        feature = lax.div(i, jnp.int32(config.splits)) * features
         begin, end = (lax.div((split + j) * (C // depth), jnp.int32(config.splits)) for j in range(2))
         return row, split, feature, begin, end
 
     @pl.when(me < config.warpgroups)
     def compute():
+        if config.overlap:
+            plgpu.griddepcontrol_wait()
+
         def multiply(i, step):
             row, split, feature, begin, end = item(i)
 
@@ -186,29 +180,33 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
     @pl.when(me == config.warpgroups)
     def copy():
         fetched = min(ROWS, x.shape[0])
+        if config.overlap:
+            plgpu.griddepcontrol_launch_dependents()
 
-        def fetch(i, step):
+        def fetch(i, step, first=0, last=None, of_w=True, of_x=True):
             row, _, feature, begin, end = item(i)
 
             def stage(k, _):
                 slot = lax.rem(step + k, stages)
                 columns = pl.ds((begin + k) * depth, depth)
                 pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for half in range(halves):
+                for half in range(halves) if of_w else ():
                     rows = w.at[half, pl.ds(feature, features), columns]
                     plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
-                for g in range(config.warpgroups):
+                for g in range(config.warpgroups) if of_x else ():
                     rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
-                    to = x_smem.at[slot, g, pl.ds(0, fetched)]
-                    plgpu.copy_gmem_to_smem(rows, to, ready.at[slot], collective_axes=together)
+                    plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
 
-            lax.fori_loop(0, end - begin, stage, None)
+            lax.fori_loop(first, end - begin if last is None else last, stage, None)
             return step + end - begin
 
-        step = lax.fori_loop(0, mine, fetch, jnp.int32(0))
-        if config.cluster > 1:  # no CTA may leave while others still tell it that they are done with a stage
-
-            def drain(k, _):
-                plgpu.barrier_wait(free.at[lax.rem(k, stages)])
-
-            lax.fori_loop(jnp.maximum(step - stages, 0), step, drain, None)
+        if config.overlap:  # the weights do not wait for what x is computed from
+            _, _, _, begin, end = item(0)
+            ahead = jnp.minimum(end - begin, stages)
+            fetch(0, 0, last=ahead, of_x=False)
+            plgpu.griddepcontrol_wait()
+            fetch(0, 0, last=ahead, of_w=False)
+            step = fetch(0, 0, first=ahead)
+            lax.fori_loop(1, mine, fetch, step)
+        else:
+            lax.fori_loop(0, mine, fetch, jnp.int32(0))

@@ -4,28 +4,18 @@ import json
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention, ragged_paged_attention
+from tests.kernels.gpu.h100 import compile_for, h100
 
 
 def compile_step(
     H, K, D, N, *, T, S, P=33, dtype="bfloat16", sinks=False, decode_only=False, fused=False, norms=False, **options
 ):
     """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys."""
-    target = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology="1x1x1", target_config=target
-    )  # fmt: skip
-    device = topology.devices[0]
-    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=132, platform="gpu")
-    replicated = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
 
     def array(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -46,9 +36,8 @@ def compile_step(
     def step(inputs, cache, batch, sinks):
         return function(*inputs, cache, batch, sinks=sinks)
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), (), abstract_device=abstract)):
-        traced = jax.jit(step, in_shardings=replicated, donate_argnums=1).trace(inputs, cache, batch, sinks)
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+    with h100() as sharding:
+        return compile_for(sharding, step, inputs, cache, batch, sinks, donate=1)
 
 
 if __name__ == "__main__":

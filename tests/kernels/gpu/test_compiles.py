@@ -1,12 +1,13 @@
 """The kernels compile for an H100 on a machine without one, given jax's CUDA plugin and nothing else of CUDA."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
+
+from tests.kernels.gpu.h100 import ENVIRONMENT
 
 pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
 
@@ -25,9 +26,8 @@ MANY = [
 
 
 def compiles(case):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = ["decode_attention", "decode_attention_merge"]
     expected += [] if case.get("decode_only") else ["prefill_attention"]

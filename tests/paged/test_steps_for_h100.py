@@ -1,0 +1,43 @@
+"""Whole step programs compile for an H100 on a machine without one, and run through the kernels that they should."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from tests.kernels.gpu.h100 import ENVIRONMENT
+from tests.paged.tiny import write_config
+
+pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+         "num_hidden_layers": 2, "vocab_size": 4096, "max_position_embeddings": 2048}  # fmt: skip
+LAYERS = SHAPE["num_hidden_layers"]
+DECODE = {"rotate_and_write": LAYERS, "decode_attention": LAYERS, "decode_attention_merge": LAYERS}
+LINEAR = {"linear": 4 * LAYERS + 1}  # qkv, out, gate and up, down; the head
+NORMS = {"rms_norm": 2 * LAYERS + 1}
+UNIFORM = {"rotate_and_write": LAYERS, "prefill_attention": LAYERS} | LINEAR | NORMS
+
+
+def kernels_of(folder: str, options: dict, *steps: str) -> dict[str, dict[str, int]]:
+    command = [sys.executable, "-m", "tests.paged.compile_steps_for_h100", folder, json.dumps(options), *steps]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["step"]: line["kernels"] for line in lines}
+
+
+def test_steps(tmp_path):
+    """One row of a product is faster as a sum in XLA, and so are products of many."""
+    assert kernels_of(write_config(tmp_path, **SHAPE), {}, "decode-1", "decode-64", "prompt-512") == {
+        "decode-1": DECODE | NORMS,
+        "decode-64": DECODE | LINEAR,
+        "prompt-512": DECODE | {"prefill_attention": LAYERS, "linear": 1},
+    }
+
+
+def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
+    steps = ("decode-1", "decode-64", "prompt-512")
+    found = kernels_of(write_config(tmp_path, **SHAPE), {"deterministic": True}, *steps)
+    assert found == dict.fromkeys(steps, UNIFORM)
