@@ -1,6 +1,8 @@
-"""Compiles step programs for an H100, on any machine: python -m tests.paged.compile_steps_for_h100 MODEL '{options}' STEP...
+"""Compiles step programs for an H100, on any machine:
 
-STEP is decode-S or prompt-T. Prints how many calls of each of our kernels a program has, and its temporary memory.
+python -m tests.paged.compile_steps_for_h100 MODEL '{"deterministic": true}' decode-64 prompt-512
+
+Prints how many calls of each of our kernels a program has, and its temporary memory.
 """
 
 import json

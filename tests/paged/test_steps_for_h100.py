@@ -11,8 +11,8 @@ from tests.kernels.gpu.h100 import ENVIRONMENT
 from tests.paged.tiny import write_config
 
 pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-         "num_hidden_layers": 2, "vocab_size": 4096, "max_position_embeddings": 2048}  # fmt: skip
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+         "head_dim": 64, "num_hidden_layers": 2, "vocab_size": 4096, "max_position_embeddings": 2048}  # fmt: skip
 LAYERS = SHAPE["num_hidden_layers"]
 DECODE = {"rotate_and_write": LAYERS, "decode_attention": LAYERS, "decode_attention_merge": LAYERS}
 LINEAR = {"linear": 4 * LAYERS + 1}  # qkv, out, gate and up, down; the head
