@@ -123,7 +123,12 @@ def _gemma3_rope(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], float]:
     by_type = config.get("rope_parameters") or {}
     if set(by_type) - {"full_attention", "sliding_attention"}:
         raise ValueError("config.json must divide rope_parameters into full_attention and sliding_attention")
-    full = {**(by_type.get("full_attention") or {}), **(config.get("rope_scaling") or {})}
+    scaling = config.get("rope_scaling") or {}
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            "config.json must call the type of Gemma 3's rope_scaling rope_type: transformers ignores 'type'"
+        )
+    full = {**(by_type.get("full_attention") or {}), **scaling}
     refuse_unless("Gemma 3", full, truncate=True)  # transformers reads it one level higher
     local = by_type.get("sliding_attention") or {}
     local_theta, local_scaling = rope(local, {**config, "rope_theta": config["rope_local_base_freq"]})

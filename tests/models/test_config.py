@@ -251,6 +251,7 @@ def test_gemma2_caps_by_default_and_alternates() -> None:
         ({"sliding_window": None}, "sliding_window"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "full_attention and sliding_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"layer_types": ["chunked"] * 26}, "chunked"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "sliding_attention"),

@@ -1,5 +1,6 @@
 """A config.json means what transformers takes it for: its classes fill up what is missing and rename what is old."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +69,7 @@ def meaning(config: dict[str, Any]) -> ModelConfig:
 def check(config: dict[str, Any]) -> None:
     """As it is, and as transformers 5 writes it after reading it."""
     architecture = config["architectures"][0]
-    assert meaning(config) == meaning(CLASSES[architecture].from_dict(dict(config)).to_dict())
+    assert meaning(config) == meaning(CLASSES[architecture].from_dict(deepcopy(config)).to_dict())
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -108,6 +109,8 @@ def test_whatever_is_left_out_of_a_published_config(published: dict[str, Any]) -
 def test_rope_in_old_and_new_names(architecture: str) -> None:
     chosen = {"num_experts_per_tok": 2} if architecture == "DeepseekV2ForCausalLM" else {}
     for rope in ROPES:
+        if architecture.startswith("Gemma3") and "type" in rope.get("rope_scaling", {}):
+            continue  # refused: transformers takes no notice of it
         if architecture.startswith("Gemma3") and (parameters := rope.get("rope_parameters")):
             rope = {"rope_parameters": {"full_attention": parameters}}
         if architecture == "Gemma3ForConditionalGeneration":
