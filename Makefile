@@ -18,7 +18,7 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-gpu:
-	python3 -m pytest -m gpu $(ARGS)
+	python3 -m pytest -m gpu tests/kernels/gpu tests/paged/test_on_gpu.py $(ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -11,11 +11,12 @@ from kernels_pallas.attention import (
     ragged_paged_attention,
 )
 from kernels_pallas.grouped_matmul import grouped_matmul
-from kernels_pallas.linear import gated_linear, linear, rms_norm
+from kernels_pallas.linear import ACTIVATIONS, gated_linear, linear, rms_norm
 from kernels_pallas.quantize import is_quantized, quantize, vector_bytes
 from kernels_pallas.rotary import apply_rotary
 
 __all__ = [
+    "ACTIVATIONS",
     "AttentionBatch",
     "QKNorm",
     "UnsupportedShapeError",

@@ -5,6 +5,7 @@ for that on Hopper alone.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from jax import lax
 
 from kernels_pallas.attention import UnsupportedShapeError
 from kernels_pallas.rotary import rms_norm as rms_norm_through_xla
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": lambda x: jnp.maximum(x, 0),
+}
 
 
 def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False) -> jax.Array:
@@ -29,43 +37,38 @@ def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, determin
 
 
 def gated_linear(
-    x: jax.Array,
-    kernel: jax.Array,
-    activation: Callable[[jax.Array], jax.Array],
-    *,
-    backend: str,
-    deterministic: bool = False,
+    x: jax.Array, kernel: jax.Array, activation: str, *, backend: str, deterministic: bool = False
 ) -> jax.Array:
-    """activation(gate) * up, where x [T, in] and kernel [2 F, in] give [gate, up] -> [T, F]. Raises as `linear`."""
-    if _kernel_serves(x, kernel, backend, deterministic, gated=True):
+    """activation(gate) * up, where x [T, in] and kernel [2 F, in] give [gate, up] -> [T, F]; the activation is one of
+    ACTIVATIONS. Raises as `linear`."""
+    if _kernel_serves(x, kernel, backend, deterministic, activation):
         from kernels_pallas.gpu import linear
 
-        return linear.gated_linear(x, kernel, activation)
+        return linear.gated_linear(x, kernel, ACTIVATIONS[activation])
     gate, up = jnp.split(through_xla(x, kernel, x.dtype), 2, axis=1)
-    return activation(gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 def rms_norm(
-    x: jax.Array, weight: jax.Array, epsilon: float, offset: float = 0.0, *, backend: str, deterministic: bool = False
+    x: jax.Array, weight: jax.Array, epsilon: float, offset: float = 0.0, *, deterministic: bool = False
 ) -> jax.Array:
     """x [T, E] / rms(x) * (offset + weight), in float32 (arXiv 1910.07467); in weight's dtype."""
-    if backend == "mosaic_gpu":
+    if deterministic:
         from kernels_pallas.gpu import norm
 
-        if deterministic or norm.serves(x, weight):
-            return norm.rms_norm(x, weight, epsilon, offset)
+        return norm.rms_norm(x, weight, epsilon, offset)
     return rms_norm_through_xla(x, weight, epsilon, offset)
 
 
-def _kernel_serves(x, kernel, backend: str, deterministic: bool, gated: bool = False) -> bool:
+def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str | None = None) -> bool:
     if backend != "mosaic_gpu":
         return False
     from kernels_pallas.gpu import linear
 
-    unsupported = linear.unsupported(x, kernel, gated)
+    unsupported = linear.unsupported(x, kernel, activation)
     if deterministic and unsupported:
         raise UnsupportedShapeError(f"deterministic: there is no kernel for {unsupported}; leave deterministic off")
-    return deterministic or not (unsupported or linear.slower_than_xla(x, kernel, gated))
+    return deterministic or not (unsupported or linear.slower_than_xla(x, kernel))
 
 
 def through_xla(x: jax.Array, kernel: jax.Array, out_dtype) -> jax.Array:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import AttentionBatch, ragged_paged_attention
+from kernels_pallas import ACTIVATIONS, AttentionBatch, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
-from models.layers import ACTIVATIONS, Compute, Embedding, LayerNorm, Linear
+from models.layers import Compute, Embedding, LayerNorm, Linear
 from models.parts import Part, Path, TensorSource
 from models.renamed_tensors import RenamedTensors
 from models.sharding import attend, unfuse

@@ -1,9 +1,7 @@
 """The layers that every family is made of. Arrays: T tokens, E hidden width, H heads, D head size."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +11,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas import gated_linear, linear, rms_norm
+from kernels_pallas import ACTIVATIONS, gated_linear, linear, rms_norm
 from models.config import Activation, ModelConfig, RopeScaling
 from models.sharding import unfuse
 
 Dtype = jnp.dtype | type
-ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
 
 
 @dataclass(frozen=True)
@@ -90,15 +82,15 @@ class GatedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        F, dtype, activation = self.features, self.compute.dtype, ACTIVATIONS[self.activation]
+        F, dtype = self.features, self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (2 * F, x.shape[-1]), dtype)
         if not self.use_bias and self.compute.mesh is None:
-            return gated_linear(x, kernel, activation, **self.compute.kernels)
+            return gated_linear(x, kernel, self.activation, **self.compute.kernels)
         y = linear(x, kernel, out_dtype=dtype, **self.compute.kernels)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (2 * F,), dtype)
         gate, up = unfuse(y, (F, F), self.compute.shards)
-        return activation(gate) * up
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class Embedding(nn.Module):
@@ -131,7 +123,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.dtype)
-        return rms_norm(x, scale, self.epsilon, self.offset, **self.compute.kernels)
+        return rms_norm(x, scale, self.epsilon, self.offset, deterministic=self.compute.deterministic)
 
 
 class NormScale(nn.Module):

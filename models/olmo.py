@@ -33,7 +33,7 @@ class Attention(nn.Module):
         q = RMSNorm(c.rms_norm_eps, self.compute, name="q_norm")(q).reshape(-1, H, D)
         k_scale = NormScale(c.num_kv_heads * D, self.compute.dtype, name="k_norm")().reshape(-1, D)
         k_scale = jnp.repeat(k_scale, K // c.num_kv_heads, axis=0).reshape(-1)
-        k = rms_norm(k, k_scale, c.rms_norm_eps, **self.compute.kernels).reshape(-1, K, D)
+        k = rms_norm(k, k_scale, c.rms_norm_eps, deterministic=self.compute.deterministic).reshape(-1, K, D)
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         out, cache = attend(
             ragged_paged_attention, self.compute.mesh, (q, k, v.reshape(-1, K, D)), (), cache, batch,

@@ -20,7 +20,6 @@ from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, ti
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
-OVERLAP = False
 ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
 
 
@@ -41,7 +40,6 @@ class LinearConfig:
     splits: int
     depth: int
     stages: int
-    overlap: bool = False
 
     @classmethod
     def of(cls, M: int, F: int, C: int, gated: bool = False) -> "LinearConfig":
@@ -61,23 +59,25 @@ class LinearConfig:
         features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
         column = (rows + halves * features) * 2
         depth = 128 if C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
-        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12), OVERLAP)
+        return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12))
 
 
-def unsupported(x, kernel, gated: bool) -> str | None:
+def unsupported(x, kernel, activation: str | None = None) -> str | None:
     """What the kernel cannot do in these shapes, in words, or None."""
-    (rows, C), halves = kernel.shape, 1 + gated
+    (rows, C), halves = kernel.shape, 1 if activation is None else 2
     if x.dtype != kernel.dtype or x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"linear layers of {x.dtype}"
     if C % 64 or rows % (8 * halves):
         return f"a linear layer from {C} to {rows // halves} features"
+    if activation == "gelu":  # needs erf, which Mosaic has not
+        return "gelu of the error function"
     return None
 
 
-def slower_than_xla(x, kernel, gated: bool) -> bool:
-    """As measured: one row is a sum over each of W's rows, and many are a product bound by arithmetic."""
-    M, rows = x.shape[0], kernel.shape[0] // (1 + gated)
-    return not 8 <= M <= 256 or rows > 65536
+def slower_than_xla(x, kernel) -> bool:
+    """As measured on an H100: with very few rows XLA's sums over W's rows are faster, with many its products."""
+    M, large = x.shape[0], 1 << 25
+    return not 8 <= M <= 256 or kernel.shape[0] > 65536 or (M > 128 and kernel.size > large)
 
 
 def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):
@@ -149,9 +149,6 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
 
     @pl.when(me < config.warpgroups)
     def compute():
-        if config.overlap:
-            plgpu.griddepcontrol_wait()
-
         def multiply(i, step):
             row, split, feature, begin, end = item(i)
 
@@ -180,33 +177,22 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
     @pl.when(me == config.warpgroups)
     def copy():
         fetched = min(ROWS, x.shape[0])
-        if config.overlap:
-            plgpu.griddepcontrol_launch_dependents()
 
-        def fetch(i, step, first=0, last=None, of_w=True, of_x=True):
+        def fetch(i, step):
             row, _, feature, begin, end = item(i)
 
             def stage(k, _):
                 slot = lax.rem(step + k, stages)
                 columns = pl.ds((begin + k) * depth, depth)
                 pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for half in range(halves) if of_w else ():
+                for half in range(halves):
                     rows = w.at[half, pl.ds(feature, features), columns]
                     plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
-                for g in range(config.warpgroups) if of_x else ():
+                for g in range(config.warpgroups):
                     rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
                     plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
 
-            lax.fori_loop(first, end - begin if last is None else last, stage, None)
+            lax.fori_loop(0, end - begin, stage, None)
             return step + end - begin
 
-        if config.overlap:  # the weights do not wait for what x is computed from
-            _, _, _, begin, end = item(0)
-            ahead = jnp.minimum(end - begin, stages)
-            fetch(0, 0, last=ahead, of_x=False)
-            plgpu.griddepcontrol_wait()
-            fetch(0, 0, last=ahead, of_w=False)
-            step = fetch(0, 0, first=ahead)
-            lax.fori_loop(1, mine, fetch, step)
-        else:
-            lax.fori_loop(0, mine, fetch, jnp.int32(0))
+        lax.fori_loop(0, mine, fetch, jnp.int32(0))

@@ -14,11 +14,6 @@ PARAMS = plgpu.CompilerParams(
 )
 
 
-def serves(x, weight) -> bool:
-    """Whether it is the faster one: of a few rows XLA makes two kernels, of many one."""
-    return len(x) <= 8 and x.dtype == weight.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
-
-
 @partial(jax.jit, static_argnames=("epsilon", "offset"))
 def rms_norm(x, weight, epsilon: float, offset: float = 0.0) -> jax.Array:
     """As kernels_pallas.rms_norm of x [T, E], both of the same dtype."""

@@ -31,7 +31,7 @@ def kernels_of(folder: str, options: dict, *steps: str) -> dict[str, dict[str, i
 def test_steps(tmp_path):
     """One row of a product is faster as a sum in XLA, and so are products of many."""
     assert kernels_of(write_config(tmp_path, **SHAPE), {}, "decode-1", "decode-64", "prompt-512") == {
-        "decode-1": DECODE | NORMS,
+        "decode-1": DECODE,
         "decode-64": DECODE | LINEAR,
         "prompt-512": DECODE | {"prefill_attention": LAYERS, "linear": 1},
     }

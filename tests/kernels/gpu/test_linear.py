@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import ACTIVATIONS
 from kernels_pallas.gpu import linear, norm
 from kernels_pallas.rotary import rms_norm
-from models.layers import ACTIVATIONS
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(576, 576), (1536, 576), (1024, 3072), (4096, 1024), (6144, 4096), (4096, 14336), (1000, 192), (49152, 576)]
