@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class RopeScaling:
       beta_fast, beta_slow, truncate: yarn's band, in rotations, and whether it ends on whole dimensions.
       attention_factor: what cos and sin are multiplied by (yarn, factors).
       factors: one divisor a frequency (factors).
+      long_factors: LongRoPE's others, for texts beyond original_context, and long_context, how far those reach.
     """
 
     kind: RopeKind
@@ -66,12 +67,18 @@ class RopeScaling:
     attention_factor: float | None = None
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long_context: int = 0
 
     def __post_init__(self) -> None:
         if self.factor <= 0:
             raise ValueError(f"rope scaling factor must be positive, not {self.factor}")
         if self.kind in ("llama3", "yarn") and self.original_context <= 0:
             raise ValueError(f"rope type {self.kind!r} needs original_max_position_embeddings in config.json")
+        if self.long_factors and len(self.long_factors) != len(self.factors):
+            raise ValueError(
+                f"rope scaling has {len(self.long_factors)} long factors and {len(self.factors)} short ones"
+            )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope type 'llama3' needs a high_freq_factor above its low_freq_factor of {self.low_freq_factor}, not "
@@ -163,6 +170,15 @@ class ModelConfig:
         factors = self.rope_scaling.factors if self.rope_scaling else ()
         if factors and len(factors) != rotary_dim // 2:
             raise ValueError(f"rope scaling has {len(factors)} factors for {rotary_dim // 2} frequencies")
+
+    def for_context(self, tokens: int) -> "ModelConfig":
+        """Of the same model in a context of so many tokens: with LongRoPE's long factors if the short ones do not reach
+        that far. They then apply to all sequences, as in vLLM; in transformers, to those that are that long."""
+        scaling = self.rope_scaling
+        if tokens <= self.max_position_embeddings or scaling is None or not scaling.long_factors:
+            return self
+        long = replace(scaling, factors=scaling.long_factors, long_factors=(), original_context=scaling.long_context)
+        return replace(self, rope_scaling=long, max_position_embeddings=scaling.long_context)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":

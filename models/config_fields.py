@@ -67,8 +67,7 @@ def decoder_fields(
 
 
 def _context(context: int, scaling: RopeScaling | None) -> int:
-    """YaRN extends it. LongRoPE is served with the short factors alone: past their context all keys would have to be
-    computed again with the long ones."""
+    """YaRN extends it, LongRoPE's short factors have their own (`ModelConfig.for_context`)."""
     if scaling is not None and scaling.kind == "yarn":
         return max(context, int(scaling.original_context * scaling.factor))
     if scaling is not None and scaling.kind == "factors":
@@ -182,12 +181,14 @@ def rope(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[floa
 
 def _longrope(parameters: Mapping[str, Any], original: int, context: int) -> RopeScaling:
     """LongRoPE (arXiv 2402.13753) in the context that its short factors are for."""
-    if not parameters.get("short_factor"):
-        raise ValueError("rope type 'longrope' needs short_factor in config.json")
+    if not (parameters.get("short_factor") and parameters.get("long_factor")):
+        raise ValueError("rope type 'longrope' needs short_factor and long_factor in config.json")
     factor = parameters.get("factor") or context / original
     return RopeScaling(
         kind="factors",
         factors=tuple(parameters["short_factor"]),
+        long_factors=tuple(parameters["long_factor"]) if context > original else (),
+        long_context=context,
         original_context=original,
         attention_factor=parameters.get("attention_factor")
         or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original)),

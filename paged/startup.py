@@ -53,13 +53,19 @@ class Parts(NamedTuple):
 
 
 def open_model(args: ModelArgs) -> Checkpoint:
-    return open_checkpoint(
+    """The model, made for the context that is asked for."""
+    checkpoint = open_checkpoint(
         args.model,
         tokenizer=args.tokenizer,
         revision=args.revision,
         load_format=args.load_format,
         skip_tokenizer=args.skip_tokenizer_init,
     )
+    config = checkpoint.config.for_context(args.max_model_len or 0)
+    if config is checkpoint.config:
+        return checkpoint
+    logger.info("LongRoPE's long factors apply, as max_model_len is %s", f"{args.max_model_len:,}")
+    return replace(checkpoint, config=config)
 
 
 def build(config: EngineConfig) -> Parts:

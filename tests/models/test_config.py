@@ -286,6 +286,12 @@ def test_phi3_serves_the_context_of_its_short_factors() -> None:
     assert config.rope_scaling.factors == (1.5,) * 48 and config.rope_theta == 10_000.0
     assert config.rope_scaling.attention_factor == pytest.approx(np.sqrt(1 + np.log(32) / np.log(4096)))
     assert config.sliding_windows == (262144,) * 32 and config.rotary_dim is None
+    assert config.for_context(4096) == config
+    long = config.for_context(4097)
+    assert long.max_position_embeddings == 131072 and long.rope_scaling is not None
+    assert long.rope_scaling.factors == (9.0,) * 48
+    assert long.rope_scaling.attention_factor == config.rope_scaling.attention_factor
+    assert long.for_context(200_000) == long  # and is refused when the engine starts
     phi4_mini = ModelConfig.from_hf({**PHI3_128K, "partial_rotary_factor": 0.75, "rope_scaling": None})
     assert phi4_mini.rotary_dim == 72 and phi4_mini.rope_scaling is None
     assert phi4_mini.max_position_embeddings == 131072
@@ -500,7 +506,16 @@ def test_deepseek_caches_latent_vectors() -> None:
     ("config", "change", "words"),
     [
         (PHI3_128K, {"rope_scaling": {"type": "longrope"}}, ["longrope", "short_factor"]),
-        (PHI3_128K, {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 9}}, ["9 factors", "48"]),
+        (
+            PHI3_128K,
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 9, "long_factor": [2.0] * 9}},
+            ["9 factors", "48"],
+        ),
+        (
+            PHI3_128K,
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 9}},
+            ["9 long factors", "48"],
+        ),
         (PHI3_128K, {"rope_scaling": {"type": "dynamic"}}, ["dynamic", "longrope"]),
         (PHI3_128K, {"attention_bias": True}, ["attention_bias"]),
         (GPT2, {"activation_function": "tanh"}, ["activation_function", "gelu_new"]),

@@ -25,7 +25,7 @@ def test_greedy_tokens_are_those_of_transformers(file: Path, tmp_path: Path) -> 
     save_file(weights, tmp_path / "model.safetensors")
 
     checkpoint = open_checkpoint(str(tmp_path), skip_tokenizer=True)
-    model = build_model(checkpoint.config, dtype=jnp.float32, attention_backend="reference")
+    model = build_model(checkpoint.config.for_context(128), dtype=jnp.float32, attention_backend="reference")
     driver = PagedDriver(model, checkpoint.load_params(model, jnp.float32, progress=False))
     sequences = driver.greedy([prompt["prompt"] for prompt in case["prompts"]], 64, chunk=8)
     worst = 0.0
