@@ -39,7 +39,7 @@ class ModelArgs:
 class CacheArgs:
     _argument_group_name: ClassVar[str] = "cache"
 
-    block_size: int | None = option(None, "tokens in one cache block; none: 16, on a TPU 64")
+    block_size: int | None = option(None, "tokens in a block; none: 16, TPU 64; in 8 bits GPU 64, TPU 128")
     gpu_memory_utilization: float = option(0.92, "fraction of device memory to use, in (0, 1]; not for CPU")
     kv_cache_memory_bytes: int | None = option(None, "bytes of KV cache; none: what is left (CPU: 2 GiB at most)")
     num_gpu_blocks_override: int | None = option(None, "exact number of cache blocks, instead of sizing the pool")

@@ -32,14 +32,14 @@ class MachineDefaults(NamedTuple):
     variants: tuple[Variant, ...]
     chain: int  # decode steps in a call
     block_size: int  # a TPU keeps block tables in scalar memory, so its blocks are larger
-    block_size_in_8_bits: int  # and the scales of a block of 128 tokens fill its lanes
+    block_size_in_8_bits: int  # the scales of a block of 128 fill a TPU's lanes; a GPU's kernel takes tiles of 64
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
 # saves a dozen programs for a few percent of a step.
 DEFAULTS = {
     "cpu": MachineDefaults(16, 512, 1, 32, 4, ("full",), 1, 16, 16),
-    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4, 16, 16),
+    "gpu": MachineDefaults(256, 8192, 1, 256, 2, VARIANTS, 4, 16, 64),
     "tpu": MachineDefaults(256, 8192, 16, 512, 4, ("full",), 1, 64, 128),
 }
 

@@ -1,14 +1,20 @@
-"""Ragged paged attention on Hopper: the reference's cache layout, decode and prefill kernels."""
+"""Ragged paged attention on Hopper: the reference's cache layout, decode and prefill kernels.
+
+Over eight-bit caches there are kernels to write and to decode; prompts run through the reference.
+"""
 
 import logging
+from dataclasses import replace
 
 import jax.numpy as jnp
 
 from kernels_pallas import reference
 from kernels_pallas.attention import UnsupportedShapeError, rotated_qkv
 from kernels_pallas.gpu.decode import decode_attention
+from kernels_pallas.gpu.decode_eight_bits import decode_eight_bits
 from kernels_pallas.gpu.prefill import prefill_attention
 from kernels_pallas.gpu.qkv import rotate_and_write
+from kernels_pallas.quantize import is_quantized
 
 log = logging.getLogger(__name__)
 cache_shape = reference.cache_shape  # a [N, D] slab of one block and head is contiguous: one copy fetches it
@@ -17,10 +23,11 @@ cache_shape = reference.cache_shape  # a [N, D] slab of one block and head is co
 def ragged_paged_attention(q, k, v, cache, batch, *, scale, window=None, soft_cap=None, sinks=None):
     """See kernels_pallas.attention."""
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
-    if _falls_back(q.shape[1], cache, batch):
+    dtype = q.dtype if is_quantized(cache[0].dtype) else cache[0].dtype
+    if _falls_back(q.shape[1], dtype, cache, batch):
         return reference.ragged_paged_attention(q, k, v, cache, batch, **options)
     cache = reference.write_cache(k, v, cache, batch)
-    return _attend(q.astype(cache[0].dtype), cache, batch, **options).astype(q.dtype), cache
+    return _attend(q.astype(dtype), cache, batch, **options).astype(q.dtype), cache
 
 
 def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=None, soft_cap=None, sinks=None):
@@ -28,51 +35,72 @@ def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
     T, _, D = qkv.shape
     tables = [table.reshape(T, -1) for table in rotary]
-    if qkv.dtype != cache[0].dtype or 2 * tables[0].shape[1] != D or _falls_back(num_heads, cache, batch):
+    same = qkv.dtype == cache[0].dtype or is_quantized(cache[0].dtype)
+    if not same or 2 * tables[0].shape[1] != D or _falls_back(num_heads, qkv.dtype, cache, batch):
         q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
         return ragged_paged_attention(q, k, v, cache, batch, **options)
     block, offset = reference.places(T, cache, batch)
     weights, epsilon, norm_offset = (
         (None, 0.0, 0.0) if norms is None else ((norms.q, norms.k), norms.epsilon, norms.offset)
     )
-    q, *cache = rotate_and_write(
-        qkv, tables, weights, *cache, block, offset, num_heads=num_heads, epsilon=epsilon, norm_offset=norm_offset
+    q, cache = rotate_and_write(
+        qkv, tables, weights, cache, block, offset, num_heads=num_heads, epsilon=epsilon, norm_offset=norm_offset
     )
-    return _attend(q, cache, batch, **options), tuple(cache)
+    return _attend(q, cache, batch, **options), cache
 
 
 def _attend(q, cache, batch, *, sinks, **options):
-    """q [T, H, D], of the cache's dtype, over what is cached, this step's keys and values among it."""
+    """q [T, H, D] over what is cached, this step's keys and values among it. q has the cache's dtype, or 16 bits where
+    the cache has eight."""
     if batch.deterministic:  # a token's kernel must not follow from the step that it is in
         no_decodes = batch.num_seqs.at[0].set(0)
-        return prefill_attention(
-            q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, no_decodes, sinks, **options
-        )
+        return _attend_prompts(q, cache, replace(batch, num_seqs=no_decodes), sinks, **options)
     if batch.decode_only:
-        return decode_attention(q, *cache, batch.kv_lens, batch.block_tables, sinks, **options)
-    out = prefill_attention(
-        q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
-    )
+        return _attend_decodes(q, cache, batch.kv_lens, batch.block_tables, sinks, **options)
+    out = _attend_prompts(q, cache, batch, sinks, **options)
     rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
     is_decode = rows < batch.num_seqs[0]
     kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)
-    decodes = decode_attention(q[: len(rows)], *cache, kv_lens, batch.block_tables[: len(rows)], sinks, **options)
+    decodes = _attend_decodes(q[: len(rows)], cache, kv_lens, batch.block_tables[: len(rows)], sinks, **options)
     return out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True)
 
 
-def _falls_back(num_heads, cache, batch) -> bool:
-    if unsupported := _unsupported(num_heads, cache):
-        if batch.deterministic:
-            raise UnsupportedShapeError(f"deterministic: there is no attention kernel for {unsupported}")
+def _attend_decodes(q, cache, kv_lens, block_tables, sinks, **options):
+    if is_quantized(cache[0].dtype):
+        return decode_eight_bits(q, cache, kv_lens, block_tables, sinks, **options)
+    return decode_attention(q, *cache, kv_lens, block_tables, sinks, **options)
+
+
+def _attend_prompts(q, cache, batch, sinks, **options):
+    if is_quantized(cache[0].dtype):
+        log.warning("No kernel for prompts over a cache of %s: their attention runs through plain XLA", cache[0].dtype)
+        return reference.attend_prompts(q, jnp.zeros_like(q), cache, batch, reference.Options(sinks=sinks, **options))
+    return prefill_attention(
+        q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
+    )
+
+
+def _falls_back(num_heads, dtype, cache, batch) -> bool:
+    unsupported = _unsupported(num_heads, dtype, cache)
+    if batch.deterministic and is_quantized(cache[0].dtype):
+        unsupported = f"prompts over a cache of {cache[0].dtype}"
+    if unsupported and batch.deterministic:
+        raise UnsupportedShapeError(f"deterministic: there is no attention kernel for {unsupported}")
+    if unsupported:
         log.warning("No attention kernel for %s: attention runs through plain XLA", unsupported)
     return bool(unsupported)
 
 
-def _unsupported(num_heads, cache) -> str | None:
-    """What the kernels cannot do in these shapes, in words, or None."""
+def _unsupported(num_heads, dtype, cache) -> str | None:
+    """What the kernels cannot do in these shapes, multiplying numbers of `dtype`, in words, or None."""
     _, K, N, D = cache[0].shape
-    if cache[0].dtype not in (jnp.bfloat16, jnp.float16):
-        return f"a cache of {cache[0].dtype}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{dtype} over a cache of {cache[0].dtype}"
+    if is_quantized(cache[0].dtype) and ((dtype, N, D) != (jnp.bfloat16, 64, 128) or num_heads // K > 8):
+        return (  # decode_eight_bits is written for all that follows; this is what a device has shown right
+            f"a cache of {cache[0].dtype} but with blocks of 64 tokens and bfloat16 heads of 128, "
+            "at most 8 of them to a key/value head"
+        )
     if D not in (64, 128, 256):
         return f"heads of {D}"
     if num_heads // K > 16:

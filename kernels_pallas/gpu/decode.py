@@ -101,7 +101,7 @@ def decode_attention(
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
     parts, maxima, totals = plgpu.kernel(
-        partial(_attend, G=G, config=config, logits=partial(_logits, scale=scale, window=window, soft_cap=soft_cap)),
+        partial(_attend, G=G, config=config, logits=partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)),
         out_type=(
             jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
             *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
@@ -199,7 +199,7 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
                 slot = lax.rem(step + t, stages)
                 token = first + t * TILE
                 slabs = [
-                    (_page(tables, seq, token, N, p), h, *_rows_of_page(token, N)) for p in range(max(1, TILE // N))
+                    (block_at(tables, seq, token, N, p), h, *_rows_of_page(token, N)) for p in range(max(1, TILE // N))
                 ]
                 for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
                     pl.when(step + t >= stages)(partial(plgpu.barrier_wait, free.at[base + slot]))
@@ -213,7 +213,7 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
         lax.fori_loop(0, mine, item, jnp.int32(0))
 
 
-def _page(tables, seq, token, N, p):
+def block_at(tables, seq, token, N, p):
     """The block that holds the p-th slab of the tile at `token`; behind the table's end, its last entry."""
     index = lax.div(token, jnp.int32(N)) + p
     return tables[seq, jnp.minimum(index, tables.shape[1] - 1)]
@@ -224,14 +224,14 @@ def _rows_of_page(token, N):
     return () if N <= TILE else (pl.ds(lax.rem(token, jnp.int32(N)), TILE),)
 
 
-def _logits(scores, token, stop, length, *, scale, window, soft_cap):
-    """Logits in base 2 of a tile of cached tokens from `token` on, -inf where hidden."""
+def logits_of(scores, token, stop, length, *, scale, window, soft_cap, axis=1):
+    """Logits in base 2 of a tile of cached tokens from `token` on, along `axis`, -inf where hidden."""
     if soft_cap is None:
         scores = scores * (scale * LOG2E)
     else:
         tanh = 1 - 2 / (jnp.exp2(scores * (2 * LOG2E * scale / soft_cap)) + 1)
         scores = tanh * (soft_cap * LOG2E)
-    position = token + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    position = token + plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA)
     visible = position < stop
     if window is not None:
         visible &= position >= length - window

@@ -52,8 +52,9 @@ def load_row(ref) -> jax.Array:
 
 
 def store_heads(ref, x, first, start, stop) -> None:
-    """Row r of x [ROWS, D] is head first + r: stores heads `start` to `stop` - 1 to ref [stop - start, D]."""
-    _store(ref, x, start - first, stop - first, plgpu.Layout.WGMMA, first - start)
+    """Row r of x [ROWS, D] or [ROWS] is head first + r: stores heads `start` to `stop` - 1 to ref [stop - start, D]."""
+    layout = plgpu.Layout.WGMMA if x.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
+    _store(ref, x, start - first, stop - first, layout, first - start)
 
 
 def store_rows(ref, x, stop, start=0, to=0) -> None:

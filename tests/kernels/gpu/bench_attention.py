@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
+from kernels_pallas import is_quantized, vector_bytes
 from kernels_pallas.gpu import decode, prefill
+from kernels_pallas.gpu.decode_eight_bits import decode_eight_bits
 from tests.kernels.gpu import paged
 
 COPY_BANDWIDTH = 2.95e12  # bytes a second, read and written, of a device copy on an H100
@@ -34,43 +36,50 @@ def seconds(step, *args, calls, repeats=5, programs=20):
     return float(np.median(times))
 
 
-def time_decode(S, length, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=32, config=None, **options):
+def time_decode(S, length, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=32, config=None, **options):
     lens = np.broadcast_to(np.asarray(length), (S,))
-    size = int(lens.sum()) * K * D * 2 * jnp.dtype(dtype).itemsize
+    size = int(lens.sum()) * K * 2 * vector_bytes(D, cache_dtype)
     layers = int(np.clip(-(-6 * L2 // size), 2, calls))
-    tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=dtype, layers=layers)
+    tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=cache_dtype, layers=layers)
     kv_lens = jnp.asarray(lens, jnp.int32)
-    q = jax.random.normal(jax.random.key(1), (S, H, D), jnp.float32).astype(dtype)
-    attend = partial(decode.decode_attention, scale=D**-0.5, config=config, **options)
+    q = jax.random.normal(jax.random.key(1), (S, H, D), jnp.bfloat16)
+    options |= {"scale": D**-0.5}
+
+    def attend(q, cache, kv_lens, tables):
+        if is_quantized(cache_dtype):
+            return decode_eight_bits(q, cache, kv_lens, tables, config=config, **options)
+        return decode.decode_attention(q, *cache, kv_lens, tables, config=config, **options)
 
     @jax.jit
     def step(q, caches, kv_lens, tables):
         for i in range(calls):
-            q = attend(q, *caches[i % layers], kv_lens, tables)
+            q = attend(q, caches[i % layers], kv_lens, tables)
         return q
 
-    out = attend(q, *caches[0], kv_lens, tables)
+    out = attend(q, caches[0], kv_lens, tables)
     few = slice(0, 8)
-    wrong = paged.error(
-        out[few], paged.expected_decode(q[few], caches[0], kv_lens[few], tables[few], scale=D**-0.5, **options)
-    )
+    wrong = paged.error(out[few], paged.expected_decode(q[few], caches[0], kv_lens[few], tables[few], **options))
     taken = seconds(step, q, caches, kv_lens, tables, calls=calls)
     return taken, size / COPY_BANDWIDTH, wrong
 
 
 LLAMA = {"H": 32, "K": 8, "D": 128}
 QWEN = {"H": 16, "K": 8, "D": 128}
+CACHES = ["bfloat16", "int8", "float8_e4m3fn"]
 BATCHES = [(64, 4096), (256, 1024), (64, 1024), (8, 1024), (1, 32768), (1, 1024), (256, 128)]
 
 
-def decode_table(configs=(None,)):
-    for config in configs:
-        print(config)
-        for name, heads in (("llama", LLAMA), ("qwen3-0.6b", QWEN)):
-            for S, length in BATCHES:
-                taken, floor, wrong = time_decode(S, length, config=config, **heads)
+def decode_table():
+    for name, heads in (("llama", LLAMA), ("qwen3-0.6b", QWEN)):
+        for S, length in BATCHES:
+            for dtype in CACHES:
+                taken, floor, wrong = time_decode(S, length, cache_dtype=dtype, **heads)
                 ours, best = f"{taken * 1e6:8.1f} us", f"{floor * 1e6:7.1f}"
-                print(f"{name:11} {S:4} x {length:6}: {ours}, floor {best}, {floor / taken:6.1%}, error {wrong:.4f}")
+                print(
+                    f"{name:11} {dtype:13} {S:4} x {length:6}: {ours}, floor {best}, {floor / taken:6.1%}, "
+                    f"error {wrong:.4f}",
+                    flush=True,
+                )
 
 
 def time_prefill(lengths, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=8, config=None, **options):

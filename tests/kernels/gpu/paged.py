@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import reference
+from kernels_pallas import is_quantized, quantize, reference
 
 
 def pool(key, kv_lens, *, K, D, N, dtype, P=None, layers=1):
     """Block tables int32[S, P] over a shuffled pool, and `layers` caches of it.
 
-    Blocks of no sequence are NaN; block 0 and the places behind a sequence's end are finite and large.
+    Blocks of no sequence are NaN; block 0 and the places behind a sequence's end are finite and large. Of eight-bit
+    caches, this holds of the scales.
     """
     kv_lens = np.asarray(kv_lens)
     used = -(-kv_lens // N)
@@ -31,20 +32,29 @@ def pool(key, kv_lens, *, K, D, N, dtype, P=None, layers=1):
 
     @jax.jit
     def make(key):
-        return tuple(
-            (jax.random.normal(k, (B, K, N, D), jnp.float32) * poison).astype(dtype) for k in jax.random.split(key)
-        )
+        xs = [jax.random.normal(k, (B, K, N, D), jnp.float32) for k in jax.random.split(key)]
+        if not is_quantized(dtype):
+            return tuple((x * poison).astype(dtype) for x in xs)
+        values, scales = zip(*(quantize(x, dtype) for x in xs), strict=True)
+        return *values, *(scale * poison[..., 0] for scale in scales)
 
     return jnp.asarray(tables), [make(k) for k in jax.random.split(key, layers)]
+
+
+def in_float32(cache, tables):
+    """What the reference reads as the cache in float32, without the poison of blocks that are in no table."""
+    used = jnp.zeros(cache[0].shape[0], bool).at[tables].set(True)
+    if is_quantized(cache[0].dtype):
+        values, scales = cache[:2], cache[2:]
+        return *values, *(jnp.where(used[:, None, None], scale, 0) for scale in scales)
+    return tuple(jnp.where(used[:, None, None, None], x, 0).astype(jnp.float32) for x in cache)
 
 
 def expected_decode(q, cache, kv_lens, tables, *, scale, window=None, soft_cap=None, sinks=None):
     """The reference in float32, with true float32 products."""
     options = reference.Options(scale, window, soft_cap, sinks)
-    used = jnp.zeros(cache[0].shape[0], bool).at[tables].set(True)[:, None, None, None]
     with jax.default_matmul_precision("highest"):
-        cache = tuple(jnp.where(used, x, 0).astype(jnp.float32) for x in cache)
-        return reference.attend_decodes(q.astype(jnp.float32), cache, kv_lens, tables, options)
+        return reference.attend_decodes(q.astype(jnp.float32), in_float32(cache, tables), kv_lens, tables, options)
 
 
 def error(out, expected):

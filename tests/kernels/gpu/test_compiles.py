@@ -18,6 +18,11 @@ FEW = [
     {"H": 4, "K": 1, "D": 256, "N": 32, "T": 128, "S": 8, "window": 512, "fused": True, "norms": True},
     {"H": 64, "K": 8, "D": 64, "N": 64, "T": 128, "S": 8, "window": 128, "sinks": True, "soft_cap": 30.0},
 ]
+EIGHT_BITS = {"D": 128, "N": 64, "T": 64, "S": 64, "fused": True, "norms": True}
+FEW += [
+    {"H": 32, "K": 8, **EIGHT_BITS, "decode_only": True, "cache_dtype": "int8"},
+    {"H": 16, "K": 8, **EIGHT_BITS, "cache_dtype": "float8_e4m3fn", "window": 512, "soft_cap": 30.0},
+]
 MANY = [
     {"H": 16 if G > 8 else 24, "K": (16 if G > 8 else 24) // G, "D": D, "N": N, "T": 200, "S": 7, **options}
     for G, D, N in [(1, 64, 16), (3, 64, 32), (4, 128, 64), (6, 128, 128), (8, 128, 16), (16, 128, 32), (2, 256, 16)]
@@ -29,10 +34,11 @@ def compiles(case):
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected = ["decode_attention", "decode_attention_merge"]
-    expected += [] if case.get("decode_only") else ["prefill_attention"]
+    eight_bits = "cache_dtype" in case
+    expected = ["decode_attention_merge", "decode_eight_bits" if eight_bits else "decode_attention"]
+    expected += [] if case.get("decode_only") or eight_bits else ["prefill_attention"]
     expected += ["rotate_and_write"] if case.get("fused") else []
-    assert json.loads(done.stdout.splitlines()[-1])["kernels"] == expected
+    assert json.loads(done.stdout.splitlines()[-1])["kernels"] == sorted(expected)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
@@ -44,3 +50,12 @@ def test_compiles(case):
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_compiles_in_every_shape(case):
     compiles(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("G", "D", "N"), [(1, 64, 8), (3, 64, 128), (4, 128, 16), (16, 128, 32), (2, 256, 8)])
+def test_decode_over_eight_bits_compiles_in_every_shape(G, D, N, dtype, cache_dtype):
+    shape = {"H": 2 * G, "K": 2, "D": D, "N": N, "T": 7, "S": 7, "dtype": dtype, "cache_dtype": cache_dtype}
+    compiles(shape | {"decode_only": True, "alone": True})

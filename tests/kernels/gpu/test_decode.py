@@ -31,9 +31,9 @@ OPTIONS = [
 LENS = [1, 17, 64, 65, 255, 256, 257, 0, 700, 1024, 3000, 12345]
 
 
-def case(seed, H, K, D, N, dtype, sinks=False, lens=LENS, **options):
+def case(seed, H, K, D, N, dtype, cache_dtype=None, sinks=False, lens=LENS, **options):
     key = jax.random.key(seed)
-    tables, (cache,) = paged.pool(key, lens, K=K, D=D, N=N, dtype=dtype)
+    tables, (cache,) = paged.pool(key, lens, K=K, D=D, N=N, dtype=cache_dtype or dtype)
     q = jax.random.normal(jax.random.fold_in(key, 1), (len(lens), H, D), jnp.float32).astype(dtype)
     options = dict(options, scale=D**-0.5 * 1.5)
     if sinks:

@@ -19,12 +19,12 @@ PROMPTS = [(200, 200), (700, 1), (64, 64), (131, 7), (1300, 400), (129, 129), (3
 DECODES = [(300, 1), (1, 1), (2000, 1)]
 
 
-def case(seed, lens, num_decodes, H, K, D, N, dtype, T=None, sinks=False, **options):
+def case(seed, lens, num_decodes, H, K, D, N, dtype, cache_dtype=None, T=None, sinks=False, **options):
     key = jax.random.key(seed)
     total = sum(new for _, new in lens)
     T = T or total + 70
     kv_lens = np.array([n for n, _ in lens] + [0, 0], np.int32)
-    tables, (cache,) = paged.pool(key, kv_lens, K=K, D=D, N=N, dtype=dtype)
+    tables, (cache,) = paged.pool(key, kv_lens, K=K, D=D, N=N, dtype=cache_dtype or dtype)
     cu = np.concatenate([[0], np.cumsum([new for _, new in lens] + [0, 0])]).astype(np.int32)
     num_seqs = jnp.asarray([num_decodes, len(lens)], jnp.int32)
     batch = AttentionBatch(jnp.asarray(kv_lens), tables, jnp.asarray(cu), num_seqs)
@@ -41,8 +41,7 @@ def case(seed, lens, num_decodes, H, K, D, N, dtype, T=None, sinks=False, **opti
 
 
 def expected(q, k, v, cache, batch, **options):
-    used = jnp.zeros(cache[0].shape[0], bool).at[batch.block_tables].set(True)[:, None, None, None]
-    cache = tuple(jnp.where(used, x, 0).astype(jnp.float32) for x in cache)
+    cache = paged.in_float32(cache, batch.block_tables)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
         return ragged_paged_attention(q, k, v, cache, batch, backend="reference", **options)[0]
