@@ -9,7 +9,7 @@ same under every variant that can serve it, and in any company. Within "full", w
 at run time.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from paged.draw import BLOCK, best, draw, draw_filtered, if_any
 from paged.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 Variant = Literal["greedy", "random", "full"]
@@ -30,7 +31,6 @@ _WORDS = ("seed_lo", "seed_hi")
 _SCALARS = _FLOATS + _INTS + _WORDS
 PACKED_WIDTH = 1 + len(_SCALARS)  # a packed row: the slot, then the scalars
 _INT32_MAX = 2**31 - 1
-_BLOCK = 128  # tokens that compete as one in the first round of the top-n selection
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -245,15 +245,15 @@ def sample(
       max_logprobs: static; how many of the most likely tokens to report.
     """
     if variant == "greedy":
-        return SampleOutput(_argmax(logits))
-    row = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS}
+        return SampleOutput(best(logits))
+    rows = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS} | {"position": positions}
     if variant == "random":
-        return SampleOutput(_draw(logits, row, positions))
-    adjusted = _if_any(row["full"], lambda: _adjust(logits, state, slots, row, positions), logits)
-    tokens = _draw(adjusted, row, positions, filtered=True)
+        return SampleOutput(draw(logits, rows))
+    adjusted = if_any(rows["full"], lambda: _adjust(logits, state, slots, rows), logits)
+    tokens = draw_filtered(adjusted, rows)
     scored = partial(prompt_logprobs, logits, tokens, max_logprobs)
     unscored = jax.tree.map(jnp.zeros_like, jax.eval_shape(scored))
-    return _if_any(row["logprobs"], scored, unscored)._replace(tokens=tokens)
+    return if_any(rows["logprobs"], scored, unscored)._replace(tokens=tokens)
 
 
 def prompt_logprobs(logits: jax.Array, targets: jax.Array, max_logprobs: int) -> SampleOutput:
@@ -265,14 +265,10 @@ def prompt_logprobs(logits: jax.Array, targets: jax.Array, max_logprobs: int) ->
     return SampleOutput(targets, logit[:, 0] - norm, rank, top_ids, top - norm[:, None])
 
 
-def _if_any(rows: jax.Array, compute: Callable, otherwise):
-    return lax.cond(jnp.any(rows != 0), compute, lambda: otherwise)
-
-
-def _adjust(logits, state: SlotState, slots, row, positions):
+def _adjust(logits, state: SlotState, slots, rows):
     """Everything that a request's own arrays say about its logits: float32[S, V]."""
     V = logits.shape[1]
-    mine = row["full"][:, None] == 1
+    mine = rows["full"][:, None] == 1
 
     def rows_of(name: str) -> jax.Array:
         return getattr(state, name).at[slots].get(mode="clip")
@@ -280,14 +276,14 @@ def _adjust(logits, state: SlotState, slots, row, positions):
     x = jnp.where(mine & ~_unpack(rows_of("allowed"), V), -jnp.inf, logits)
     bias_ids = jnp.where(mine, rows_of("bias_ids"), V)
     x = x.at[jnp.arange(len(slots))[:, None], bias_ids].add(rows_of("bias_values"), mode="drop")
-    too_short = (positions < row["min_length"])[:, None]
+    too_short = (rows["position"] < rows["min_length"])[:, None]
     x = jnp.where(mine & too_short & _unpack(rows_of("stop_mask"), V), -jnp.inf, x)
 
     counts = jnp.where(mine, rows_of("counts"), 0)
-    factor = jnp.where(counts > 0, row["repetition"][:, None], 1)
+    factor = jnp.where(counts > 0, rows["repetition"][:, None], 1)
     x = jnp.where(x > 0, x / factor, x * factor)
     generated = counts >> 1
-    return x - row["frequency"][:, None] * generated - row["presence"][:, None] * (generated > 0)
+    return x - rows["frequency"][:, None] * generated - rows["presence"][:, None] * (generated > 0)
 
 
 def _unpack(words: jax.Array, num_bits: int) -> jax.Array:
@@ -296,107 +292,17 @@ def _unpack(words: jax.Array, num_bits: int) -> jax.Array:
     return bits.reshape(len(words), -1)[:, :num_bits] == 1
 
 
-def _draw(logits, row, positions, filtered: bool = False):
-    """Gumbel-max: the argmax of logits plus Gumbel noise is a draw from their softmax; without, the best."""
-    greedy = row["temperature"] == 0
-    x = logits / jnp.where(greedy, 1, row["temperature"])[:, None]
-
-    def noise():
-        gumbel = _gumbel(row["seed_lo"], row["seed_hi"], positions, logits.shape[1])
-        return jnp.where(greedy[:, None], 0, gumbel)
-
-    if filtered:
-        x = jnp.where(x < _threshold(x, row)[:, None], -jnp.inf, x)
-        return _argmax(x + _if_any(row["temperature"], noise, jnp.zeros_like(x)))
-    return _argmax(x + noise())
-
-
-def _gumbel(seed_lo, seed_hi, positions, vocab_size):
-    """float32[S, V] of noise that depends on seed, position and token id alone."""
-
-    def bits(lo, hi, position):
-        key = jax.random.wrap_key_data(jnp.stack([hi, lo]), impl="threefry2x32")
-        return jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32)
-
-    return _gumbel_of(jax.vmap(bits)(seed_lo, seed_hi, positions))
-
-
-def _gumbel_of(bits):
-    """Random uint32 -> float32, finite for all: -log(-log(1 - u)), in which the precision of u near 0 goes to the
-    large values, which decide."""
-    whole = (bits >> 1).astype(jnp.int32).astype(jnp.float32)
-    u = jnp.minimum((whole + 0.5) * 2.0**-31, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-u))
-
-
-def _argmax(x):
-    """The lowest index of each row's largest element, -1 if there is a NaN. Two plain reductions, which fuse
-    with what computes x; a compiler's own argmax need not."""
-    V = x.shape[1]
-    best = jnp.max(x, axis=-1, keepdims=True)
-    index = jnp.min(jnp.where(x == best, jnp.arange(V), V), axis=-1)
-    return jnp.where(index == V, -1, index)
-
-
-def _threshold(x, row):
-    """float32[S]: what min-p, top-k and top-p, each applied to what the one before left, keep is x >= it."""
-    S, V = x.shape
-    best = jnp.max(x, axis=-1)
-    no_floor = jnp.full(S, -jnp.inf)
-    floor = best + jnp.log(row["min_p"])
-
-    def top_k_floor():
-        k = jnp.where(row["top_k"] > 0, row["top_k"], V)
-        return _bisect(x, lambda keep: jnp.sum(keep, axis=-1, dtype=jnp.int32) >= k)
-
-    def top_p_floor():
-        mass = jnp.where(x >= floor[:, None], jnp.exp(x - best[:, None]), 0)
-        wanted = row["top_p"] * jnp.sum(mass, axis=-1)
-        found = _bisect(x, lambda keep: jnp.sum(jnp.where(keep, mass, 0), axis=-1) >= wanted)
-        return jnp.where(row["top_p"] < 1, found, -jnp.inf)
-
-    floor = jnp.maximum(floor, _if_any(row["top_k"], top_k_floor, no_floor))
-    return jnp.maximum(floor, _if_any(row["top_p"] < 1, top_p_floor, no_floor))
-
-
-def _bisect(x, enough: Callable[[jax.Array], jax.Array]):
-    """The largest float32[S] threshold t for which `enough` says that the set x >= t is.
-
-    Bisects the order-preserving unsigned image of the floats between each row's least and largest element:
-    32 halvings end at a single float, whatever the values. The whole row is taken to be enough.
-    """
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = high - (high - low) // 2
-        up = enough(x >= _float_of(middle)[:, None])
-        return jnp.where(up, middle, low), jnp.where(up, high, jnp.maximum(low, middle - 1))
-
-    bounds = _image_of(jnp.min(x, axis=-1)), _image_of(jnp.max(x, axis=-1))
-    return _float_of(lax.fori_loop(0, 32, halve, bounds)[0])
-
-
-def _image_of(x):
-    """float32 -> uint32, order preserved."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _float_of(image):
-    return lax.bitcast_convert_type(jnp.where(image >> 31 == 1, image & _INT32_MAX, ~image), jnp.float32)
-
-
 def _top_n(x, n: int):
     """Ids int32[S, n] and values of each row's n largest elements in falling order, ties by rising id.
 
     Exact in two rounds: an element of the n largest is in one of the n blocks with the largest maxima.
     """
     S, V = x.shape
-    num_blocks = -(-V // _BLOCK)
-    blocks = jnp.pad(x, ((0, 0), (0, num_blocks * _BLOCK - V)), constant_values=-jnp.inf).reshape(S, num_blocks, _BLOCK)
+    num_blocks = -(-V // BLOCK)
+    blocks = jnp.pad(x, ((0, 0), (0, num_blocks * BLOCK - V)), constant_values=-jnp.inf).reshape(S, num_blocks, BLOCK)
     _, chosen = lax.top_k(jnp.max(blocks, axis=-1), min(n, num_blocks))
     chosen = jnp.sort(chosen, axis=-1)  # so that ties go by id
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(S, -1)
     values, where = lax.top_k(candidates, n)
-    ids = jnp.take_along_axis(chosen, where // _BLOCK, axis=1) * _BLOCK + where % _BLOCK
+    ids = jnp.take_along_axis(chosen, where // BLOCK, axis=1) * BLOCK + where % BLOCK
     return ids, values

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from paged import draw as draw_module
 from paged import sampler
 from paged.sampler import VARIANTS, count_tokens, full_row, pack_scalars, prompt_logprobs, sample, variant_of
 from paged.sampling_params import SamplingParams
@@ -177,10 +178,12 @@ def test_consecutive_positions_are_independent():
 
 
 def test_noise_is_gumbel_and_always_finite():
-    words = jnp.zeros(50, jnp.uint32)
-    noise = np.asarray(sampler._gumbel(words, words, jnp.arange(50), 2000)).ravel()
+    zeros = jnp.zeros(50, jnp.uint32)
+    keys = draw_module._keys({"seed_lo": zeros, "seed_hi": zeros, "position": jnp.arange(50)})
+    ids = jnp.broadcast_to(jnp.arange(2000), (50, 2000))
+    noise = np.asarray(draw_module.noise(keys, jnp.zeros(50, bool), ids)).ravel()
     assert stats.kstest(noise, stats.gumbel_r.cdf).pvalue > FALSE_ALARM
-    extremes = np.asarray(sampler._gumbel_of(jnp.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1], jnp.uint32)))
+    extremes = np.asarray(draw_module.gumbel(jnp.array([0, 1, 2**31, 2**32 - 2, 2**32 - 1], jnp.uint32)))
     assert np.isfinite(extremes).all()
     assert extremes[0] > 20, "the upper tail is cut off"
 
@@ -300,7 +303,7 @@ def test_thresholds_keep_what_sorting_keeps(x, top_k, top_p, min_p):
     assert (keep & matters <= most).all()
 
 
-threshold = jax.jit(sampler._threshold)
+threshold = jax.jit(draw_module.threshold)
 
 
 @pytest.mark.parametrize("k", [1, 2, 19, 20, 21, V])
@@ -390,11 +393,12 @@ def test_masks_hold_the_tokens_they_were_made_of():
         assert np.flatnonzero(unpacked[1]).tolist() == [size - 1]
 
 
-def test_nan_logits_give_no_token():
-    logits = logits_of(0, rows=2)
+@pytest.mark.parametrize("vocab_size", [V, 1000])  # a few and enough for vector instructions, which pass over a NaN
+def test_nan_logits_give_no_token(vocab_size):
+    logits, state = logits_of(0, rows=2, vocab_size=vocab_size), empty_state(vocab_size=vocab_size)
     logits[1, 3] = np.nan
     for variant in VARIANTS:
-        tokens = sample_jit(logits, empty_state(), np.array([0, 1]), np.array([0, 0]), variant, 0).tokens
+        tokens = sample_jit(logits, state, np.array([0, 1]), np.array([0, 0]), variant, 0).tokens
         assert np.asarray(tokens).tolist() == [int(logits[0].argmax()), -1]
 
 
@@ -464,3 +468,51 @@ def test_the_cheapest_variant_that_serves(params, variant, full):
     params = SamplingParams(**params)
     assert variant_of(params) == variant
     assert sampler.needs_full_row(params) == full
+
+
+# ---- what CUDA runs instead, here on the CPU ----
+
+by_blocks = jax.jit(lambda x, rows: draw_module._draw_by_blocks(x, draw_module._keys(rows), rows["temperature"] == 0))
+plainly = jax.jit(lambda x, rows: draw_module._draw_plainly(x, draw_module._keys(rows), rows["temperature"] == 0))
+from_blocks = jax.jit(draw_module._draw_from_blocks)
+from_whole_rows = jax.jit(draw_module._draw_from_whole_rows)
+in_one_pass = jax.jit(draw_module._best_in_one_pass)
+
+
+def random_rows(rng, count):
+    """Sampling parameters of a batch, as the step's program has them: each filter on or off, k from 1 to all."""
+
+    def some(on, off):
+        return np.where(rng.random(count) < 0.6, on, off)
+
+    return {
+        "temperature": some(rng.uniform(0.1, 2, count), 0).astype(np.float32),
+        "top_k": some(rng.choice([1, 2, 40, 255, 256, 257, 900, 10**6], count), 0).astype(np.int32),
+        "top_p": some(rng.uniform(0.01, 0.999, count), 1).astype(np.float32),
+        "min_p": some(rng.uniform(0, 0.5, count), 0).astype(np.float32),
+        "seed_lo": rng.integers(0, 2**32, count, dtype=np.uint32),
+        "seed_hi": rng.integers(0, 2**32, count, dtype=np.uint32),
+        "position": rng.integers(0, 4096, count).astype(np.int32),
+    }
+
+
+def awkward_logits(rng, count, vocab_size):
+    """Peaked, flat, with ties, with few tokens allowed, and one row with a NaN."""
+    x = rng.normal(size=(count, vocab_size)) * rng.choice([0.01, 0.5, 3.0, 10.0], (count, 1))
+    x = np.where(rng.random((count, 1)) < 0.2, np.round(x), x)
+    allowed = rng.random((count, vocab_size)) < rng.choice([0.02, 0.3, 1, 1, 1], (count, 1))
+    allowed[:, rng.integers(vocab_size)] = True
+    x = np.where(allowed, x, -np.inf)
+    x[rng.integers(count), rng.integers(vocab_size)] = np.nan
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 128, 300, 1000, 40_001])
+def test_blocks_draw_what_whole_rows_draw(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    for _ in range(6):
+        x, rows = awkward_logits(rng, 40, vocab_size), random_rows(rng, 40)
+        np.testing.assert_array_equal(by_blocks(x, rows), plainly(x, rows))
+        np.testing.assert_array_equal(from_blocks(x, rows), from_whole_rows(x, rows))
+        expected = np.where(np.isnan(x).any(axis=1), -1, np.argmax(x, axis=1))
+        np.testing.assert_array_equal(in_one_pass(x), expected)
