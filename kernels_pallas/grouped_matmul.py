@@ -1,9 +1,11 @@
 """Grouped matrix product: rows sorted by group, each group with a matrix of its own (the experts of a sparse layer).
 
 What is read is the matrices of groups that have rows, and what is computed is their rows, in tiles. A TPU has this
-as an operation (lax.ragged_dot). XLA on CPUs and CUDA turns that operation into a dense product over all groups, so
-there a loop over the tiles that there are takes its place.
+as an operation (lax.ragged_dot), and Hopper a kernel of ours. XLA on CPUs and CUDA turns that operation into a dense
+product over all groups, so a loop over the tiles that there are takes its place everywhere else.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +14,38 @@ from jax import lax
 SMALLEST_TILE, LARGEST_TILE = 8, 128
 
 
-def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    backend: str,
+) -> jax.Array:
     """Row r of the result is x[r] @ weights[group of r].T, accumulated in float32.
 
     Args:
       x: [M, C], the rows of group 0 first, then those of group 1 and so on.
       weights: [X, F, C], of x's dtype.
       group_sizes: int32[X], how many rows each group has; their sum is at most M.
+      activation: given, the result is activation(gate) * up instead, where the product is [gate, up].
+      backend: a resolved name of attention_backend; "mosaic_gpu" has a kernel, for 16-bit dtypes and most sizes.
 
     Returns:
-      [M, F] in x's dtype; rows behind the last group are unspecified. A row's value depends on the row, its matrix
-      and M alone: not on the other rows, nor on where in its group it stands.
+      [M, F], or [M, F / 2] with an activation, in x's dtype; rows behind the last group are unspecified. A row's
+      value depends on the row, its matrix and, without the kernel, M alone: not on the other rows, nor on where in
+      its group it stands.
     """
-    return lax.platform_dependent(x, weights, group_sizes, tpu=_ragged_dot, default=_loop_over_tiles)
+    if backend == "mosaic_gpu":
+        from kernels_pallas.gpu import grouped_matmul as kernel
+
+        if kernel.serves(x, weights):
+            return kernel.grouped_matmul(x, weights, group_sizes, activation)
+    y = lax.platform_dependent(x, weights, group_sizes, tpu=_ragged_dot, default=_loop_over_tiles)
+    if activation is None:
+        return y
+    gate, up = jnp.split(y, 2, axis=1)
+    return activation(gate) * up
 
 
 def _ragged_dot(x, weights, group_sizes):

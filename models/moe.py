@@ -7,25 +7,33 @@ Padding tokens go to no expert. A token's result depends on the token and on T, 
 which tokens share the step or its experts. Its experts' outputs are added in float32, the best expert's first.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import AttentionBatch, grouped_matmul
+from kernels_pallas import ACTIVATIONS, AttentionBatch, grouped_matmul
 from models.config import ModelConfig
 from models.experts_config import ExpertsConfig
-from models.layers import ACTIVATIONS, Compute, Linear
+from models.layers import Compute, Linear
 from models.sharding import unfuse
+
+IN_KERNELS = ("silu", "gelu_tanh", "relu")  # activations that a GPU kernel can apply
+MANY = 4096  # choices that are quicker to sort than to compare all with all
 
 
 class GroupedLinear(nn.Module):
-    """x [M, in], rows sorted by expert -> [M, out]. The kernel is [X, out, in]."""
+    """x [M, in], rows sorted by expert -> [M, out], or [M, out / 2] with an `activation` that one half gates the other
+    by. The kernel is [X, out, in]."""
 
     experts: int
     features: int
     compute: Compute
     use_bias: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, expert: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -33,7 +41,8 @@ class GroupedLinear(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(), (self.experts, self.features, x.shape[-1]), self.compute.dtype
         )
-        y = grouped_matmul(x, kernel, group_sizes)
+        backend = "reference" if self.compute.mesh else self.compute.attention_backend  # XLA splits it over devices
+        y = grouped_matmul(x, kernel, group_sizes, self.activation, backend=backend)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.experts, self.features), self.compute.dtype)[expert]
         return y
@@ -55,13 +64,17 @@ class SparseFeedForward(nn.Module):
             bias = self.param("choice_bias", nn.initializers.zeros, (c.count,), jnp.float32)
         weights, chosen = route(router(x), c, bias)
         is_token = (jnp.arange(T) < batch.cu_q_lens[batch.num_seqs[1]])[:, None]
-        order, expert, group_sizes = sort_by_expert(jnp.where(is_token, chosen, c.count), c.count)
+        order, place, group_sizes = sort_by_expert(jnp.where(is_token, chosen, c.count), c.count)
+        expert = jnp.minimum(chosen.reshape(-1)[order], c.count - 1)
         rows = x[order // c.chosen]
-        gate_up = GroupedLinear(c.count, 2 * c.intermediate_size, self.compute, c.bias, name="gate_up")
+        plain = not c.bias and c.swiglu_limit is None and self.compute.shards == 1
+        fused = plain and self.config.activation in IN_KERNELS
+        activation = ACTIVATIONS[self.config.activation] if fused else None
+        gate_up = GroupedLinear(c.count, 2 * c.intermediate_size, self.compute, c.bias, activation, name="gate_up")
         down = GroupedLinear(c.count, E, self.compute, c.bias, name="down")
-        inner = gated(gate_up(rows, expert, group_sizes), self.config, self.compute.shards)
+        inner = gate_up(rows, expert, group_sizes)
+        inner = inner if fused else gated(inner, self.config, self.compute.shards)
         y = down(inner, expert, group_sizes)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         y = y[place].reshape(T, c.chosen, E).astype(jnp.float32)
         mixed = jnp.sum(y * weights[..., None], axis=1)
         return jnp.where(is_token, mixed, 0).astype(self.compute.dtype)
@@ -70,11 +83,12 @@ class SparseFeedForward(nn.Module):
 def route(logits: jax.Array, config: ExpertsConfig, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Router logits float32[T, X] -> the weights of each token's experts, float32[T, k], and which they are, best
     first, int32[T, k]. `bias`: float32[X], added to the scores that experts are chosen by."""
-    if config.scoring == "softmax_over_chosen":
-        scores, chosen = lax.top_k(logits, config.chosen)
-        return jax.nn.softmax(scores, axis=-1), chosen
+    softmax = config.scoring == "softmax" and config.normalise and config.groups == 1 and bias is None
+    if softmax or config.scoring == "softmax_over_chosen":  # these are the same
+        scores, chosen = top_k(logits, config.chosen)
+        return jax.nn.softmax(scores, axis=-1) * config.scale, chosen
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    _, chosen = lax.top_k(_within_best_groups(scores if bias is None else scores + bias, config), config.chosen)
+    _, chosen = top_k(_within_best_groups(scores if bias is None else scores + bias, config), config.chosen)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalise:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -92,17 +106,49 @@ def _within_best_groups(scores: jax.Array, config: ExpertsConfig) -> jax.Array:
     return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
+def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """lax.top_k of float32[T, X]."""
+    return lax.platform_dependent(
+        scores, cuda=partial(top_k_by_rank, k=k), default=lambda scores: tuple(lax.top_k(scores, k))
+    )
+
+
+def top_k_by_rank(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """By how many are greater than each: a GPU compares all with all in less time than it sorts a few."""
+    i = jnp.arange(scores.shape[1])
+    other, one = scores[:, None, :], scores[:, :, None]
+    ranks = jnp.sum((other > one) | ((other == one) & (i[None, :] < i[:, None])), axis=-1, dtype=jnp.int32)
+    nth = ranks[:, None, :] == jnp.arange(k)[:, None]
+    best = jnp.sum(jnp.where(nth, scores[:, None, :], 0), axis=-1)
+    return best, jnp.sum(jnp.where(nth, i, 0), axis=-1, dtype=jnp.int32)
+
+
 def sort_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Orders the M choices of int32[T, k] by expert; num_experts marks a choice that goes nowhere and comes last.
 
     Returns:
-      int32[M], the choice in each sorted row; int32[M], its expert, the last where there is none; int32[X], how many
-      rows each expert has.
+      int32[M], the choice in each sorted row; int32[M], the sorted row of each choice; int32[X], how many rows each
+      expert has.
     """
-    flat = chosen.reshape(-1)
+    flat = lax.optimization_barrier(chosen.reshape(-1))  # computed once, and not again in each comparison
+    few = len(flat) <= MANY
+    order, place = lax.platform_dependent(flat, cuda=sort_by_rank if few else sort, default=sort)
+    group_sizes = jnp.sum(jnp.arange(num_experts)[:, None] == flat, axis=1, dtype=jnp.int32)
+    return order, place, group_sizes
+
+
+def sort(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int32[M] -> the order of a stable sort, int32[M], and its inverse."""
     order = jnp.argsort(flat)
-    group_sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    return order, jnp.minimum(flat[order], num_experts - 1), group_sizes
+    return order, jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+
+
+def sort_by_rank(flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `sort`, for small numbers."""
+    i = jnp.arange(len(flat))
+    key = flat * len(flat) + i
+    place = jnp.sum(key < key[:, None], axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(place == i[:, None], i, 0), axis=1, dtype=jnp.int32), place
 
 
 def gated(gate_up: jax.Array, config: ModelConfig, shards: int) -> jax.Array:

@@ -1,7 +1,8 @@
 """The least time that a step can take: its bytes over the measured bandwidth, its operations over the measured peak,
 whichever is more (Williams et al., 2009). What a step must move is every weight once and the cache of every sequence in
-it; what it must compute is two operations a weight and token, and attention. Where several devices share each layer,
-all is of one of them, and what they say to each other takes no time."""
+it; what it must compute is two operations a weight and token, and attention. Of experts, those count that its tokens
+go to, as many as are expected if each token goes to any of them alike. Where several devices share each layer, all is
+of one of them, and what they say to each other takes no time."""
 
 import heapq
 import time
@@ -38,8 +39,9 @@ class Cost:
 
     Attributes:
       shards: devices that share each layer.
-      weight_bytes, weights: bytes and number of the weights that every step reads (an untied input embedding is
-        not among them: a step gathers a few rows of it).
+      weight_bytes, weights: bytes and number of the weights that a step reads (an untied input embedding is not among
+        them: a step gathers a few rows of it), with all experts.
+      expert_bytes, expert_weights: those of them that experts have.
       head_weights: those of them that only tokens with logits pass through.
       kv_bytes: bytes of one token's keys and values in one layer, with the scales of eight-bit ones.
     """
@@ -50,6 +52,8 @@ class Cost:
     head_weights: int
     kv_bytes: int
     shards: int = 1
+    expert_bytes: int = 0
+    expert_weights: int = 0
 
     @classmethod
     def of(cls, config: ModelConfig, params: Any, cache_dtype: Any, shards: int = 1) -> "Cost":
@@ -57,6 +61,7 @@ class Cost:
         leaves = jax.tree.leaves(params)
         embedding = config.vocab_size * config.hidden_size // shards
         gathered = 0 if config.tie_word_embeddings else embedding
+        experts = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if _is_of_experts(path, x)]
         itemsize = max(leaves, key=lambda x: x.size).dtype.itemsize
         return cls(
             config,
@@ -65,7 +70,22 @@ class Cost:
             head_weights=embedding,
             kv_bytes=token_bytes(config, cache_dtype, shards),
             shards=shards,
+            expert_bytes=tree_bytes(experts),
+            expert_weights=sum(map(local_size, experts)),
         )
+
+    def bytes_read(self, tokens: int) -> float:
+        """Of weights, in a step with so many tokens."""
+        return self.weight_bytes - self.expert_bytes * self._missed() ** tokens
+
+    def weights_used(self) -> float:
+        """By each token."""
+        return self.weights - self.expert_weights * self._missed()
+
+    def _missed(self) -> float:
+        """The part of the experts that one token does not go to."""
+        experts = self.config.experts
+        return 0.0 if experts is None else 1 - experts.chosen / experts.count
 
     def cached_tokens_read(self, context: np.ndarray | Sequence[int]) -> int:
         """Tokens whose keys and values one token of each context attends to, summed over layers."""
@@ -73,25 +93,31 @@ class Cost:
         windows = self.config.sliding_windows
         return sum(int(np.minimum(lengths, w).sum()) if w else int(lengths.sum()) for w in windows)
 
-    def decode(self, context: np.ndarray | Sequence[int]) -> tuple[int, int]:
+    def decode(self, context: np.ndarray | Sequence[int]) -> tuple[float, float]:
         """Bytes and operations of a step that adds a token to each sequence of these lengths."""
         read = self.cached_tokens_read(context)
-        operations = 2 * self.weights * len(context) + self.attention_flops(read)
-        return self.weight_bytes + read * self.kv_bytes, operations
+        operations = 2 * self.weights_used() * len(context) + self.attention_flops(read)
+        return self.bytes_read(len(context)) + read * self.kv_bytes, operations
 
     def attention_flops(self, pairs: int) -> int:
         """Of so many pairs of a token and one that it attends to, summed over layers: a product for the score, one for
         the value, in each query head of the device."""
         return 4 * (self.config.num_heads // self.shards) * self.config.head_dim * pairs
 
-    def prefill(self, lengths: Sequence[int], tokens_a_step: int) -> tuple[int, int]:
+    def prefill(self, lengths: Sequence[int], tokens_a_step: int) -> tuple[float, float]:
         """Bytes and operations of computing prompts of these lengths in steps of so many tokens."""
         tokens = sum(lengths)
         steps = -(-tokens // tokens_a_step)
         pairs = sum(self.cached_tokens_read(np.arange(1, n + 1)) for n in lengths)
-        body = 2 * (self.weights - self.head_weights) * tokens
+        body = 2 * (self.weights_used() - self.head_weights) * tokens
         head = 2 * self.head_weights * len(lengths)
-        return steps * self.weight_bytes, body + head + self.attention_flops(pairs)
+        return steps * self.bytes_read(min(tokens, tokens_a_step)), body + head + self.attention_flops(pairs)
+
+
+def _is_of_experts(path: tuple[Any, ...], leaf: Any) -> bool:
+    """Whether the parameter has a matrix, or a bias, for each expert."""
+    *_, name, kind = (key.key for key in path)
+    return name in ("gate_up", "down") and leaf.ndim == {"kernel": 3, "bias": 2}[kind]
 
 
 def ideal_seconds(

@@ -52,10 +52,10 @@ class Estimates:
         attention = self.cost.attention_flops(attended)
         moved, operations = program.bytes + fetched, program.flops + attention
         seconds = self.ceilings.seconds(moved, operations)
-        used = 2 * tokens * self.cost.weights
+        used = 2 * tokens * self.cost.weights_used()
         if read is not None:  # a prompt step has logits for the last token of each sequence alone
-            used = 2 * tokens * (self.cost.weights - self.cost.head_weights)
-        floor = self.ceilings.seconds(self.cost.weight_bytes + fetched, used + attention)
+            used = 2 * tokens * (self.cost.weights_used() - self.cost.head_weights)
+        floor = self.ceilings.seconds(self.cost.bytes_read(tokens) + fetched, used + attention)
         report.add(
             {
                 "step": name,

@@ -1,5 +1,7 @@
 """The grouped matrix product against a matrix product for each row, in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from kernels_pallas import grouped_matmul
 from kernels_pallas.grouped_matmul import LARGEST_TILE, SMALLEST_TILE, tile_rows
 
 TOLERANCE = {jnp.float32: 1e-6, jnp.bfloat16: 2.0**-8}  # of the largest value; bfloat16 rounds the result once
-run = jax.jit(grouped_matmul)
+run = jax.jit(partial(grouped_matmul, backend="reference"), static_argnames="activation")
 
 
 def random_inputs(rng, rows: int, group_sizes, C: int, F: int, dtype):
@@ -68,6 +70,15 @@ def test_a_row_is_the_same_bits_in_any_company(dtype) -> None:
         moved = jnp.roll(x, before + ahead, axis=0)  # row 0 comes to stand behind the others
         sizes = jnp.asarray([before, 0, ahead + 1 + after // 2, after - after // 2], jnp.int32)
         np.testing.assert_array_equal(np.asarray(run(moved, weights, sizes))[before + ahead], alone)
+
+
+def test_one_half_gates_the_other() -> None:
+    rng = np.random.default_rng(0)
+    x, weights, group_sizes = random_inputs(rng, 20, [5, 0, 6], 16, 24, jnp.float32)
+    gate, up = np.split(np.asarray(run(x, weights, group_sizes))[:11], 2, axis=1)
+    gated = np.asarray(run(x, weights, group_sizes, activation=jax.nn.silu))
+    assert gated.shape == (20, 12)
+    np.testing.assert_allclose(gated[:11], gate / (1 + np.exp(-gate)) * up, rtol=1e-5, atol=1e-6)
 
 
 def test_tiles_fit_the_groups() -> None:

@@ -84,7 +84,12 @@ def config(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize(
     ("name", "total", "embedding"),
-    [("qwen3-0.6b", 596_049_920, 0), ("llama-3.1-8b", 8_030_261_248, 128_256 * 4096)],
+    [
+        ("qwen3-0.6b", 596_049_920, 0),
+        ("llama-3.1-8b", 8_030_261_248, 128_256 * 4096),
+        ("qwen3-30b-a3b", 30_532_122_624, 151_936 * 2048),
+        ("gemma-3-1b", 999_885_952, 0),
+    ],
 )
 def test_the_committed_configurations_have_the_published_number_of_weights(
     name: str, total: int, embedding: int
@@ -94,6 +99,24 @@ def test_the_committed_configurations_have_the_published_number_of_weights(
     cost = Cost.of(config(name), param_shapes(model), cache_dtype="bfloat16")
     assert cost.weights == total - embedding
     assert cost.weight_bytes == 2 * cost.weights
+
+
+def test_a_step_reads_the_experts_that_its_tokens_are_sent_to() -> None:
+    """Of Qwen3-30B-A3B, where a token passes through 3.3 thousand million weights, with the input embedding."""
+    c = config("qwen3-30b-a3b")
+    model = build_model(c, dtype=jnp.bfloat16, attention_backend="reference")
+    cost = Cost.of(c, param_shapes(model), cache_dtype="bfloat16")
+    one = 48 * 3 * 2048 * 768  # in each layer
+    assert (cost.expert_weights, cost.expert_bytes) == (128 * one, 2 * 128 * one)
+    assert cost.weights_used() == pytest.approx(cost.weights - 120 * one)
+    assert cost.bytes_read(1) == pytest.approx(cost.weight_bytes - 2 * 120 * one)
+    rng = np.random.default_rng(0)
+    routed = [len(np.unique([rng.permutation(128)[:8] for _ in range(20)])) for _ in range(200)]
+    touched = 128 - (cost.weight_bytes - cost.bytes_read(20)) / (2 * one)
+    assert touched == pytest.approx(np.mean(routed), rel=0.01)
+    bytes_moved, operations = cost.decode([1000] * 20)
+    assert bytes_moved == pytest.approx(cost.bytes_read(20) + 48 * 20_000 * cost.kv_bytes)
+    assert operations == pytest.approx(2 * 20 * cost.weights_used() + 4 * 32 * 128 * 48 * 20_000)
 
 
 @pytest.mark.parametrize(("shards", "kv_heads"), [(2, 4), (8, 1), (16, 1)])

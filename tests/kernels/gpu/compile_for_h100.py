@@ -1,4 +1,4 @@
-"""Compiles one attention kernel for an H100, on any machine: python -m tests.kernels.gpu.compile_for_h100 '{...}'"""
+"""Compiles kernels for an H100, on any machine: python -m tests.kernels.gpu.compile_for_h100 '{...}'"""
 
 import json
 import re
@@ -8,9 +8,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention, ragged_paged_attention
+from kernels_pallas import (
+    ACTIVATIONS,
+    AttentionBatch,
+    QKNorm,
+    cache_shape,
+    grouped_matmul,
+    qkv_attention,
+    ragged_paged_attention,
+)
 from kernels_pallas.gpu.decode_eight_bits import decode_eight_bits
 from tests.kernels.gpu.h100 import compile_for, h100
+
+
+def array(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def compile_step(
@@ -19,10 +31,6 @@ def compile_step(
 ):  # fmt: skip
     """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys; `alone`:
     the kernel that decodes over eight bits, also where attention does not call it."""
-
-    def array(shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
     cache = cache_shape(100, N, K, D, cache_dtype or dtype, backend="mosaic_gpu")
     sinks = array((H,), jnp.float32) if sinks else None
@@ -47,7 +55,15 @@ def compile_step(
         return compile_for(sharding, step, inputs, cache, batch, sinks, donate=1)
 
 
+def compile_experts(X, M, F, C, dtype="bfloat16", activation=None):
+    """X experts' matrices [F, C] and M rows sorted by expert."""
+    function = partial(grouped_matmul, backend="mosaic_gpu", activation=activation and ACTIVATIONS[activation])
+    with h100() as sharding:
+        return compile_for(sharding, function, array((M, C), dtype), array((X, F, C), dtype), array((X,)))
+
+
 if __name__ == "__main__":
-    compiled = compile_step(**json.loads(sys.argv[1]))
+    case = json.loads(sys.argv[1])
+    compiled = (compile_experts if "X" in case else compile_step)(**case)
     names = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
     print(json.dumps({"kernels": sorted(set(names)), "temporary": compiled.memory_analysis().temp_size_in_bytes}))

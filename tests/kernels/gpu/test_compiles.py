@@ -28,22 +28,35 @@ MANY = [
     for G, D, N in [(1, 64, 16), (3, 64, 32), (4, 128, 64), (6, 128, 128), (8, 128, 16), (16, 128, 32), (2, 256, 16)]
     for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"}, {"fused": True})
 ]
+EXPERTS = [  # of Qwen3-30B-A3B, 64 tokens and 4,096, and of gpt-oss
+    {"X": 128, "M": 512, "F": 1536, "C": 2048, "activation": "silu"},
+    {"X": 128, "M": 512, "F": 2048, "C": 768},
+    {"X": 128, "M": 32768, "F": 1536, "C": 2048, "activation": "gelu_tanh"},
+    {"X": 128, "M": 32768, "F": 2048, "C": 768, "dtype": "float16"},
+    {"X": 32, "M": 4, "F": 5760, "C": 2880},
+]
 
 
-def compiles(case):
+def compiles(case, expected=None):
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
-    eight_bits = "cache_dtype" in case
-    expected = ["decode_attention_merge", "decode_eight_bits" if eight_bits else "decode_attention"]
-    expected += [] if case.get("decode_only") or eight_bits else ["prefill_attention"]
-    expected += ["rotate_and_write"] if case.get("fused") else []
+    if expected is None:
+        eight_bits = "cache_dtype" in case
+        expected = ["decode_attention_merge", "decode_eight_bits" if eight_bits else "decode_attention"]
+        expected += [] if case.get("decode_only") or eight_bits else ["prefill_attention"]
+        expected += ["rotate_and_write"] if case.get("fused") else []
     assert json.loads(done.stdout.splitlines()[-1])["kernels"] == sorted(expected)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_compiles(case):
     compiles(case)
+
+
+@pytest.mark.parametrize("case", EXPERTS, ids=str)
+def test_experts_compile(case):
+    compiles(case, ["grouped_matmul"])
 
 
 @pytest.mark.slow
