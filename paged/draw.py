@@ -12,6 +12,7 @@ alone, and the token is the same.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +56,11 @@ def _best_in_one_pass(x):
 
 def draw(logits: jax.Array, rows: Rows) -> jax.Array:
     """int32[S]: a draw from each row of float32[S, V]; the best where its temperature is 0; -1 where there is a NaN."""
-    x, greedy = at_temperature(logits, rows), rows["temperature"] == 0
-    return lax.platform_dependent(x, _keys(rows), greedy, cuda=_draw_by_blocks, default=_draw_plainly)
+    return _draw(at_temperature(logits, rows), rows)
+
+
+def _draw(x, rows):
+    return lax.platform_dependent(x, _keys(rows), rows["temperature"] == 0, cuda=_draw_by_blocks, default=_draw_plainly)
 
 
 def at_temperature(logits: jax.Array, rows: Rows) -> jax.Array:
@@ -121,29 +125,41 @@ def _hash(keys, counters):
 # ---- filters ----
 
 
-def draw_filtered(logits: jax.Array, rows: Rows) -> jax.Array:
-    """`draw` among what the rows' filters keep."""
-    return lax.platform_dependent(logits, rows, cuda=_draw_from_blocks, default=_draw_from_whole_rows)
+def draw_filtered(adjusted: Callable[..., Any], rows: Rows) -> jax.Array:
+    """`draw` among what the rows' filters keep. adjusted(f, in_one_pass) gives f(logits), with f fused with what makes
+    them if in_one_pass."""
+
+    def on_cuda():
+        x, maxima = adjusted(lambda logits: _with_maxima(logits, rows), in_one_pass=True)
+        return _draw_from_blocks(x, maxima, rows)
+
+    def elsewhere():
+        return _draw_from_whole_rows(at_temperature(adjusted(lambda logits: logits, in_one_pass=False), rows), rows)
+
+    return lax.platform_dependent(cuda=on_cuda, default=elsewhere)
 
 
-def _draw_from_whole_rows(logits, rows):
-    x = at_temperature(logits, rows)
+def _draw_from_whole_rows(x, rows):
     kept = jnp.where(x < threshold(x, rows)[:, None], -jnp.inf, x)
     some = partial(noise_of_all, _keys(rows), rows["temperature"] == 0, x.shape[1])
     return best(kept + if_any(rows["temperature"], some, jnp.zeros_like(x)))
 
 
-def _draw_from_blocks(logits, rows):
+def _with_maxima(logits, rows):
+    """x float32[S, V], V up to a multiple of 128, and its blocks' maxima, float32[S, V / 128]."""
     x = pad(at_temperature(logits, rows), BLOCK)
-    maxima = jnp.max(_nan_first(x).reshape(len(x), -1, BLOCK), axis=-1)
+    return x, jnp.max(_nan_first(x).reshape(len(x), -1, BLOCK), axis=-1)
+
+
+def _draw_from_blocks(x, maxima, rows):
     drawn = rows["temperature"] > 0
     filtered = drawn & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
     plain = drawn & ~filtered
     tokens = _best_by_blocks(x, maxima)
-    tokens = jnp.where(plain, if_any(plain, lambda: draw(logits, rows), tokens), tokens)
+    tokens = jnp.where(plain, if_any(plain, lambda: _draw(x, rows), tokens), tokens)
     found, decided = if_any(filtered, lambda: _draw_from_largest(x, maxima, rows), (tokens, ~filtered))
     tokens = jnp.where(filtered, found, tokens)
-    return _draw_from_all(logits, rows, filtered & ~decided, tokens)
+    return _draw_from_all(x, rows, filtered & ~decided, tokens)
 
 
 def _nan_first(x):
@@ -222,16 +238,16 @@ def _mass(x, top, floor):
 # ---- the whole row ----
 
 
-def _draw_from_all(logits, rows, left, tokens):
+def _draw_from_all(x, rows, left, tokens):
     """Tokens, those of the rows `left` drawn from whole rows, some at a time."""
-    S = len(logits)
+    S = len(x)
     size = min(S, _ROWS_AT_ONCE)
     order = jnp.nonzero(left, size=-(-S // size) * size, fill_value=S)[0]
 
     def some(i, tokens):
         at = lax.dynamic_slice_in_dim(order, i * size, size)
         mine = {name: value.at[at].get(mode="clip") for name, value in rows.items()}
-        return tokens.at[at].set(_draw_from_whole_rows(logits.at[at].get(mode="clip"), mine), mode="drop")
+        return tokens.at[at].set(_draw_from_whole_rows(x.at[at].get(mode="clip"), mine), mode="drop")
 
     return lax.fori_loop(0, (jnp.sum(left) + size - 1) // size, some, tokens)
 

@@ -9,7 +9,7 @@ same under every variant that can serve it, and in any company. Within "full", w
 at run time.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -249,8 +249,7 @@ def sample(
     rows = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS} | {"position": positions}
     if variant == "random":
         return SampleOutput(draw(logits, rows))
-    adjusted = if_any(rows["full"], lambda: _adjust(logits, state, slots, rows), logits)
-    tokens = draw_filtered(adjusted, rows)
+    tokens = draw_filtered(partial(_adjusted, logits, state, slots, rows), rows)
     scored = partial(prompt_logprobs, logits, tokens, max_logprobs)
     unscored = jax.tree.map(jnp.zeros_like, jax.eval_shape(scored))
     return if_any(rows["logprobs"], scored, unscored)._replace(tokens=tokens)
@@ -265,8 +264,24 @@ def prompt_logprobs(logits: jax.Array, targets: jax.Array, max_logprobs: int) ->
     return SampleOutput(targets, logit[:, 0] - norm, rank, top_ids, top - norm[:, None])
 
 
-def _adjust(logits, state: SlotState, slots, rows):
-    """Everything that a request's own arrays say about its logits: float32[S, V]."""
+def _adjusted(logits, state: SlotState, slots, rows, then: Callable, in_one_pass: bool):
+    """then(logits), with what requests' own arrays say about them. in_one_pass: static, whether to see if there is a
+    bias at all: without, nothing stands between logits and `then`."""
+
+    def adjusted(biased: bool = True):
+        return then(_adjust(logits, state, slots, rows, biased))
+
+    def by_bias():
+        has_bias = rows["full"] * (state.bias_ids.at[slots, 0].get(mode="clip") < logits.shape[1])
+        return lax.cond(jnp.any(has_bias != 0), adjusted, partial(adjusted, False))
+
+    anyone = jnp.any(rows["full"] != 0)
+    return lax.cond(anyone, by_bias if in_one_pass else adjusted, lambda: then(logits))
+
+
+def _adjust(logits, state: SlotState, slots, rows, biased: bool):
+    """Everything that a request's own arrays say about its logits: float32[S, V]. biased: static, whether any has a
+    bias."""
     V = logits.shape[1]
     mine = rows["full"][:, None] == 1
 
@@ -274,8 +289,9 @@ def _adjust(logits, state: SlotState, slots, rows):
         return getattr(state, name).at[slots].get(mode="clip")
 
     x = jnp.where(mine & ~_unpack(rows_of("allowed"), V), -jnp.inf, logits)
-    bias_ids = jnp.where(mine, rows_of("bias_ids"), V)
-    x = x.at[jnp.arange(len(slots))[:, None], bias_ids].add(rows_of("bias_values"), mode="drop")
+    if biased:
+        bias_ids = jnp.where(mine, rows_of("bias_ids"), V)
+        x = x.at[jnp.arange(len(slots))[:, None], bias_ids].add(rows_of("bias_values"), mode="drop")
     too_short = (rows["position"] < rows["min_length"])[:, None]
     x = jnp.where(mine & too_short & _unpack(rows_of("stop_mask"), V), -jnp.inf, x)
 

@@ -474,8 +474,8 @@ def test_the_cheapest_variant_that_serves(params, variant, full):
 
 by_blocks = jax.jit(lambda x, rows: draw_module._draw_by_blocks(x, draw_module._keys(rows), rows["temperature"] == 0))
 plainly = jax.jit(lambda x, rows: draw_module._draw_plainly(x, draw_module._keys(rows), rows["temperature"] == 0))
-from_blocks = jax.jit(draw_module._draw_from_blocks)
-from_whole_rows = jax.jit(draw_module._draw_from_whole_rows)
+from_blocks = jax.jit(lambda x, rows: draw_module._draw_from_blocks(*draw_module._with_maxima(x, rows), rows))
+from_whole_rows = jax.jit(lambda x, rows: draw_module._draw_from_whole_rows(draw_module.at_temperature(x, rows), rows))
 in_one_pass = jax.jit(draw_module._best_in_one_pass)
 
 
@@ -516,3 +516,20 @@ def test_blocks_draw_what_whole_rows_draw(vocab_size):
         np.testing.assert_array_equal(from_blocks(x, rows), from_whole_rows(x, rows))
         expected = np.where(np.isnan(x).any(axis=1), -1, np.argmax(x, axis=1))
         np.testing.assert_array_equal(in_one_pass(x), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_adjusting_in_one_pass_is_adjusting(biased):
+    logits, state, slots = logits_of(5, rows=SLOTS), empty_state(), np.arange(SLOTS)
+    penalties = SamplingParams(presence_penalty=0.5, repetition_penalty=1.3, min_tokens=9)
+    bias = SamplingParams(logit_bias={4: 3.0, 36: -2.0}, frequency_penalty=0.4)
+    for slot, params in enumerate([SamplingParams(), penalties, bias if biased else penalties]):
+        state = admit(state, slot, params)
+    rows = {name: getattr(state, name)[:SLOTS] for name in sampler._SCALARS} | {"position": np.full(SLOTS, 12)}
+    adjust = jax.jit(partial(sampler._adjusted, then=jnp.negative), static_argnames="in_one_pass")
+    got, want = (np.asarray(adjust(logits, state, slots, rows, in_one_pass=one)) for one in (True, False))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got[[0, 3]], -logits[[0, 3]])
+    for slot, params in ((1, penalties), (2, bias if biased else penalties)):
+        expected = adjusted(logits[slot], params, PROMPT, OUTPUT, STOPS, 12)
+        np.testing.assert_allclose(-got[slot], expected, rtol=1e-5)
