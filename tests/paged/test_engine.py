@@ -97,7 +97,7 @@ def test_prefix_cache_changes_no_token(folder, engine):
     uncached.close()
 
 
-@pytest.mark.parametrize(("dtype", "step"), [("int8", 0.02), ("fp8", 0.12)])
+@pytest.mark.parametrize(("dtype", "step"), [("int8", 0.02), pytest.param("fp8", 0.12, marks=pytest.mark.slow)])
 def test_eight_bit_caches(folder, dtype, step):
     """In chunks, behind cached prefixes and after preemption every token is the best by a forward pass that rounds
     keys and values likewise, to within what a last bit that rounds otherwise can change."""

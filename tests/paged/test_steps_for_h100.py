@@ -37,6 +37,7 @@ def test_steps(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
     steps = ("decode-1", "decode-64", "prompt-512")
     found = kernels_of(write_config(tmp_path, **SHAPE), {"deterministic": True}, *steps)

@@ -20,7 +20,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 FAMILIES = {
     "llama": (WIDE | {"attention_bias": True}, [1, 4]),
     "llama, every size": (WIDE, [1, 2, 8]),
-    "few KV heads": (WIDE | {"num_key_value_heads": 2, "attention_bias": True}, [1, 2, 8]),
+    "few KV heads": (WIDE | {"num_key_value_heads": 2, "attention_bias": True}, [1, 8]),
     "four KV heads": (WIDE | {"num_key_value_heads": 4}, [1, 4, 8]),
     "one KV head, norms over all": (
         WIDE | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 1},

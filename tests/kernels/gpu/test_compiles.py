@@ -54,7 +54,9 @@ def test_compiles(case):
     compiles(case)
 
 
-@pytest.mark.parametrize("case", EXPERTS, ids=str)
+@pytest.mark.parametrize(
+    "case", EXPERTS[:2] + [pytest.param(case, marks=pytest.mark.slow) for case in EXPERTS[2:]], ids=str
+)
 def test_experts_compile(case):
     compiles(case, ["grouped_matmul"])
 
