@@ -37,7 +37,7 @@ class Compute:
     @property
     def kernels(self) -> dict[str, Any]:
         """How linear layers and norms run. Over several devices they are XLA's, which splits them."""
-        if self.mesh is not None:
+        if self.shards > 1:
             return {"backend": "reference"}
         return {"backend": self.attention_backend, "deterministic": self.deterministic}
 
@@ -84,7 +84,7 @@ class GatedLinear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         F, dtype = self.features, self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (2 * F, x.shape[-1]), dtype)
-        if not self.use_bias and self.compute.mesh is None:
+        if not self.use_bias and self.compute.shards == 1:
             return gated_linear(x, kernel, self.activation, **self.compute.kernels)
         y = linear(x, kernel, out_dtype=dtype, **self.compute.kernels)
         if self.use_bias:

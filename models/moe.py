@@ -41,7 +41,7 @@ class GroupedLinear(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(), (self.experts, self.features, x.shape[-1]), self.compute.dtype
         )
-        backend = "reference" if self.compute.mesh else self.compute.attention_backend  # XLA splits it over devices
+        backend = self.compute.kernels["backend"]
         y = grouped_matmul(x, kernel, group_sizes, self.activation, backend=backend)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.experts, self.features), self.compute.dtype)[expert]
