@@ -37,7 +37,7 @@ def test_products(features, columns, dtype):
     for rows in reversed(ROWS):
         parts = linear.linear_parts(x[:rows], kernel, out_dtype=jnp.float32)
         y = np.asarray(sum(parts[1:], start=parts[0]))
-        assert difference(y, expected[:rows]) < 1e-5
+        assert difference(y, expected[:rows]) < 5e-7 * columns**0.5  # what sums in float32 round off
         whole = y if whole is None else whole
         assert (y == whole[:rows]).all()
 
