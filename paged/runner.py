@@ -323,8 +323,7 @@ def step_program(
     )
     hidden, caches = model.apply(params, tokens, positions, state.caches, batch)
     last = hidden if shape.decode_only else hidden[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
-    logits = model.apply(params, last, method="logits")
-    sampled = sampler.sample(logits, state.sampling, inputs.slots, kv_lens, variant, sizes.max_logprobs)
+    sampled = next_tokens(model, sizes, variant, params, last, state.sampling, inputs.slots, kv_lens)
     samples = inputs.samples > 0
     last_tokens = state.last_tokens.at[jnp.where(samples, inputs.slots, scratch)].set(sampled.tokens)
     sampling = state.sampling
@@ -334,6 +333,15 @@ def step_program(
     if variant != "full" or shape.decode_only:
         return state, StepOutput(sampled, None)
     return state, StepOutput(sampled, jnp.pad(hidden, ((0, sizes.prompt_sizes[-1] - shape.T), (0, 0))))
+
+
+def next_tokens(
+    model: nn.Module, sizes: RunnerShape, variant: Variant, params, hidden, sampling: SlotState, slots, positions
+) -> SampleOutput:
+    """The output head and the sampler: a token for each row of hidden [S, E]. slots, positions: int32[S], as
+    sampler.sample has them."""
+    logits = model.apply(params, hidden, method="logits")
+    return sampler.sample(logits, sampling, slots, positions, variant, sizes.max_logprobs)
 
 
 def chain_program(
