@@ -11,6 +11,7 @@ from kernels_pallas.attention import (
     ragged_paged_attention,
 )
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.head import best_tokens
 from kernels_pallas.linear import ACTIVATIONS, gated_linear, linear, rms_norm
 from kernels_pallas.quantize import is_quantized, quantize, vector_bytes
 from kernels_pallas.rotary import apply_rotary
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedShapeError",
     "apply_rotary",
     "attention_backend",
+    "best_tokens",
     "cache_shape",
     "gated_linear",
     "grouped_matmul",

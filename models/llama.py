@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, QKNorm, cache_shape, qkv_attention
+from kernels_pallas import AttentionBatch, QKNorm, best_tokens, cache_shape, qkv_attention
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -136,6 +136,15 @@ class Llama(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32[R, V]."""
         return self.embed.logits(hidden) if self.config.tie_word_embeddings else self.head(hidden)
+
+    def best_tokens(self, hidden: jax.Array, *drawn: jax.Array) -> jax.Array | None:
+        """`kernels_pallas.best_tokens` for hidden [R, E]: int32[R], or None where only `logits` will do. drawn: keys
+        and temperature."""
+        if self.compute.shards > 1 or self.config.logits_soft_cap is not None:
+            return None
+        tied = self.config.tie_word_embeddings
+        kernel = self.embed.embedding if tied else self.head.get_variable("params", "kernel")
+        return best_tokens(hidden, kernel, *drawn, **self.compute.kernels)
 
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.random import threefry2x32_p
+
+from kernels_pallas.noise import PAIR, RUN, gumbel, hash_through_xla
 
 BLOCK = 128  # tokens that compete as one in the first round of a search for the largest
 _PART = 8  # and in the second
-_PAIR = 2 * BLOCK  # a hash gives two words: tokens j and j + 128 of these many share one
 _CANDIDATES = 256
 _ROWS_AT_ONCE = 32  # that are searched whole: they stay in a GPU's second-level cache from one pass to the next
 _DIGIT = 4  # bits of a threshold that a pass over the row finds
@@ -60,7 +60,8 @@ def draw(logits: jax.Array, rows: Rows) -> jax.Array:
 
 
 def _draw(x, rows):
-    return lax.platform_dependent(x, _keys(rows), rows["temperature"] == 0, cuda=_draw_by_blocks, default=_draw_plainly)
+    greedy = rows["temperature"] == 0
+    return lax.platform_dependent(x, keys_of(rows), greedy, cuda=_draw_by_blocks, default=_draw_plainly)
 
 
 def at_temperature(logits: jax.Array, rows: Rows) -> jax.Array:
@@ -74,52 +75,41 @@ def _draw_plainly(x, keys, greedy):
 def _draw_by_blocks(x, keys, greedy):
     """Every hash is computed once for its two tokens, in a pass that leaves maxima of blocks. The best block's noise is
     computed once more."""
-    pairs = pad(_nan_first(x), _PAIR).reshape(len(x), -1, 2, BLOCK)
+    pairs = pad(_nan_first(x), PAIR).reshape(len(x), -1, 2, RUN)
     block, place = (lax.broadcasted_iota(jnp.int32, pairs[:, :, 0].shape, axis) for axis in (1, 2))
-    words = _hash(keys, block * BLOCK + place)
+    words = _hash(keys, block * RUN + place)
     still = greedy[:, None, None]
     scores = [pairs[:, :, i] + jnp.where(still, 0, gumbel(words[i])) for i in range(2)]
     block = jnp.argmax(jnp.max(jnp.maximum(*scores), axis=-1), axis=-1)
-    ids = block[:, None] * _PAIR + jnp.arange(_PAIR)
+    ids = block[:, None] * PAIR + jnp.arange(PAIR)
     candidates = jnp.take_along_axis(x, ids, axis=1, mode="fill", fill_value=-jnp.inf)
     winner = best(candidates + noise(keys, greedy, ids))
-    return jnp.where(winner < 0, -1, block * _PAIR + winner)
+    return jnp.where(winner < 0, -1, block * PAIR + winner)
 
 
 def noise(keys: jax.Array, greedy: jax.Array, ids: jax.Array) -> jax.Array:
     """float32[S, n] for token ids int32[S, n] under keys uint32[S, 2]; 0 in greedy rows (bool[S])."""
-    first, second = _hash(keys, ids // _PAIR * BLOCK + ids % BLOCK)
-    return jnp.where(greedy[:, None], 0, gumbel(jnp.where(ids % _PAIR < BLOCK, first, second)))
+    first, second = _hash(keys, ids // PAIR * RUN + ids % RUN)
+    return jnp.where(greedy[:, None], 0, gumbel(jnp.where(ids % PAIR < RUN, first, second)))
 
 
 def noise_of_all(keys: jax.Array, greedy: jax.Array, vocab_size: int) -> jax.Array:
     """`noise` for every token id, float32[S, V]: each hash is computed once for its two."""
-    counters = jnp.broadcast_to(
-        jnp.arange(-(-vocab_size // _PAIR) * BLOCK), (len(keys), -(-vocab_size // _PAIR) * BLOCK)
-    )
-    words = jnp.stack([word.reshape(len(keys), -1, BLOCK) for word in _hash(keys, counters)], axis=2)
+    counters = jnp.broadcast_to(jnp.arange(-(-vocab_size // PAIR) * RUN), (len(keys), -(-vocab_size // PAIR) * RUN))
+    words = jnp.stack([word.reshape(len(keys), -1, RUN) for word in _hash(keys, counters)], axis=2)
     return jnp.where(greedy[:, None], 0, gumbel(words.reshape(len(keys), -1)[:, :vocab_size]))
 
 
-def gumbel(words: jax.Array) -> jax.Array:
-    """Random uint32 -> float32, finite for all: -log(-log(1 - u)), in which the precision of u near 0 goes to the
-    large values, which decide."""
-    whole = (words >> 1).astype(jnp.int32).astype(jnp.float32)
-    u = jnp.minimum((whole + 0.5) * 2.0**-31, 1 - 2.0**-24)
-    return -jnp.log(-jnp.log1p(-u))
-
-
-def _keys(rows):
+def keys_of(rows: Rows) -> jax.Array:
     """uint32[S, 2] from seed and position."""
     lo, hi, position = (rows[name].astype(jnp.uint32) for name in ("seed_lo", "seed_hi", "position"))
-    return jnp.stack(threefry2x32_p.bind(hi, lo, jnp.zeros_like(position), position), axis=1)
+    return jnp.stack(hash_through_xla(hi, lo, position), axis=1)
 
 
 def _hash(keys, counters):
-    """Threefry-2x32 (Salmon et al. 2011): two words uint32[S, ...] for each counter int32[S, ...]."""
+    """Two words uint32[S, ...] for each counter int32[S, ...]."""
     high, low = (jnp.broadcast_to(keys[:, i].reshape(-1, *[1] * (counters.ndim - 1)), counters.shape) for i in range(2))
-    counters = counters.astype(jnp.uint32)
-    return threefry2x32_p.bind(high, low, jnp.zeros_like(counters), counters)
+    return hash_through_xla(high, low, counters.astype(jnp.uint32))
 
 
 # ---- filters ----
@@ -141,7 +131,7 @@ def draw_filtered(adjusted: Callable[..., Any], rows: Rows) -> jax.Array:
 
 def _draw_from_whole_rows(x, rows):
     kept = jnp.where(x < threshold(x, rows)[:, None], -jnp.inf, x)
-    some = partial(noise_of_all, _keys(rows), rows["temperature"] == 0, x.shape[1])
+    some = partial(noise_of_all, keys_of(rows), rows["temperature"] == 0, x.shape[1])
     return best(kept + if_any(rows["temperature"], some, jnp.zeros_like(x)))
 
 
@@ -181,7 +171,7 @@ def _draw_from_largest(x, maxima, rows):
     """Tokens int32[S] drawn from each row's largest ones, and bool[S]: where these hold all that is kept."""
     values, ids = largest(x, maxima, _CANDIDATES)
     threshold, decided = threshold_of_largest(x, values, rows)
-    scores = values + noise(_keys(rows), rows["temperature"] == 0, ids)
+    scores = values + noise(keys_of(rows), rows["temperature"] == 0, ids)
     scores = jnp.where(values >= threshold[:, None], scores, -jnp.inf)
     winners = scores == jnp.max(scores, axis=-1, keepdims=True)
     tokens = jnp.min(jnp.where(winners, ids, x.shape[1]), axis=-1)

@@ -340,6 +340,11 @@ def next_tokens(
 ) -> SampleOutput:
     """The output head and the sampler: a token for each row of hidden [S, E]. slots, positions: int32[S], as
     sampler.sample has them."""
+    if variant != "full":
+        best_tokens = partial(model.apply, params, hidden, method="best_tokens")
+        tokens = sampler.tokens_without_logits(best_tokens, sampling, slots, positions, variant)
+        if tokens is not None:
+            return SampleOutput(tokens)
     logits = model.apply(params, hidden, method="logits")
     return sampler.sample(logits, sampling, slots, positions, variant, sizes.max_logprobs)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paged.draw import BLOCK, best, draw, draw_filtered, if_any
+from paged.draw import BLOCK, best, draw, draw_filtered, if_any, keys_of
 from paged.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 Variant = Literal["greedy", "random", "full"]
@@ -246,13 +246,33 @@ def sample(
     """
     if variant == "greedy":
         return SampleOutput(best(logits))
-    rows = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS} | {"position": positions}
+    rows = _rows_of(state, slots, positions)
     if variant == "random":
         return SampleOutput(draw(logits, rows))
     tokens = draw_filtered(partial(_adjusted, logits, state, slots, rows), rows)
     scored = partial(prompt_logprobs, logits, tokens, max_logprobs)
     unscored = jax.tree.map(jnp.zeros_like, jax.eval_shape(scored))
     return if_any(rows["logprobs"], scored, unscored)._replace(tokens=tokens)
+
+
+def tokens_without_logits(
+    best_tokens: Callable[..., jax.Array | None],
+    state: SlotState,
+    slots: jax.Array,
+    positions: jax.Array,
+    variant: Variant,
+) -> jax.Array | None:
+    """`sample`'s tokens in variant "greedy" or "random" by best_tokens(*drawn), which finds those with the best scores
+    (as `kernels_pallas.best_tokens`, whose keys and temperature `drawn` are): int32[S], or None if it cannot."""
+    if variant == "greedy":
+        return best_tokens()
+    rows = _rows_of(state, slots, positions)
+    return best_tokens(keys_of(rows), rows["temperature"])
+
+
+def _rows_of(state: SlotState, slots, positions) -> dict[str, jax.Array]:
+    rows = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS}
+    return rows | {"position": positions}
 
 
 def prompt_logprobs(logits: jax.Array, targets: jax.Array, max_logprobs: int) -> SampleOutput:

@@ -31,6 +31,11 @@ def num_sms() -> int:
     return jax.devices()[0].core_count
 
 
+def sync_warpgroup() -> None:
+    """No warp of the warpgroup goes on before all have come here."""
+    plgpu.inline_mgpu()(lambda _: mgpu.warpgroup_barrier())()
+
+
 def tiles_of_8(x):
     """x [rows, ...] with zeros behind it up to a multiple of 8 rows, the least that the copy engine moves."""
     return jnp.pad(x, ((0, -len(x) % 8),) + ((0, 0),) * (x.ndim - 1))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from kernels_pallas import noise
 from paged import draw as draw_module
 from paged import sampler
 from paged.sampler import VARIANTS, count_tokens, full_row, pack_scalars, prompt_logprobs, sample, variant_of
@@ -179,7 +180,7 @@ def test_consecutive_positions_are_independent():
 
 def test_noise_is_gumbel_and_always_finite():
     zeros = jnp.zeros(50, jnp.uint32)
-    keys = draw_module._keys({"seed_lo": zeros, "seed_hi": zeros, "position": jnp.arange(50)})
+    keys = draw_module.keys_of({"seed_lo": zeros, "seed_hi": zeros, "position": jnp.arange(50)})
     ids = jnp.broadcast_to(jnp.arange(2000), (50, 2000))
     noise = np.asarray(draw_module.noise(keys, jnp.zeros(50, bool), ids)).ravel()
     assert stats.kstest(noise, stats.gumbel_r.cdf).pvalue > FALSE_ALARM
@@ -472,8 +473,33 @@ def test_the_cheapest_variant_that_serves(params, variant, full):
 
 # ---- what CUDA runs instead, here on the CPU ----
 
-by_blocks = jax.jit(lambda x, rows: draw_module._draw_by_blocks(x, draw_module._keys(rows), rows["temperature"] == 0))
-plainly = jax.jit(lambda x, rows: draw_module._draw_plainly(x, draw_module._keys(rows), rows["temperature"] == 0))
+
+@pytest.mark.parametrize("variant", ["greedy", "random"])
+def test_an_output_head_is_told_what_it_takes_the_same_tokens_with(variant):
+    rows, vocab_size = 40, 600
+    logits = logits_of(9, rows, vocab_size)
+    params = [SamplingParams(temperature=0 if variant == "greedy" else i % 4 / 2) for i in range(rows)]
+    packed = np.stack([pack_scalars(i, params[i], seed=7 * i << 30, prompt_len=3) for i in range(rows)])
+    state, slots, positions = write_slots(empty_state(rows, vocab_size), packed), np.arange(rows)[::-1], np.arange(rows)
+
+    def best_tokens(keys=None, temperature=None):
+        """A hash for every token, and float64."""
+        if keys is None:
+            return logits.argmax(axis=1)
+        ids = np.arange(vocab_size)
+        counters = np.tile(ids // noise.PAIR * noise.RUN + ids % noise.RUN, (rows, 1)).astype(np.uint32)
+        words = noise.hash_through_xla(*(np.tile(keys[:, i : i + 1], vocab_size) for i in range(2)), counters)
+        gumbel = np.asarray(noise.gumbel(jnp.where(ids % noise.PAIR < noise.RUN, *words)), np.float64)
+        temperature = np.asarray(temperature, np.float64)[:, None]
+        return np.where(temperature > 0, logits / np.where(temperature > 0, temperature, 1) + gumbel, logits).argmax(1)
+
+    tokens = sampler.tokens_without_logits(best_tokens, state, slots, positions, variant)
+    np.testing.assert_array_equal(tokens, sample_jit(logits, state, slots, positions, variant).tokens)
+    assert sampler.tokens_without_logits(lambda *_: None, state, slots, positions, variant) is None
+
+
+by_blocks = jax.jit(lambda x, rows: draw_module._draw_by_blocks(x, draw_module.keys_of(rows), rows["temperature"] == 0))
+plainly = jax.jit(lambda x, rows: draw_module._draw_plainly(x, draw_module.keys_of(rows), rows["temperature"] == 0))
 from_blocks = jax.jit(lambda x, rows: draw_module._draw_from_blocks(*draw_module._with_maxima(x, rows), rows))
 from_whole_rows = jax.jit(lambda x, rows: draw_module._draw_from_whole_rows(draw_module.at_temperature(x, rows), rows))
 in_one_pass = jax.jit(draw_module._best_in_one_pass)

@@ -12,6 +12,7 @@ from kernels_pallas import (
     ACTIVATIONS,
     AttentionBatch,
     QKNorm,
+    best_tokens,
     cache_shape,
     grouped_matmul,
     qkv_attention,
@@ -62,8 +63,17 @@ def compile_experts(X, M, F, C, dtype="bfloat16", activation=None):
         return compile_for(sharding, function, array((M, C), dtype), array((X, F, C), dtype), array((X,)))
 
 
+def compile_head(M, V, C, dtype="bfloat16", greedy=False):
+    """A token for each of M rows from V logits."""
+    drawn = () if greedy else (array((M, 2), jnp.uint32), array((M,), jnp.float32))
+    function = partial(best_tokens, backend="mosaic_gpu")
+    with h100() as sharding:
+        return compile_for(sharding, function, array((M, C), dtype), array((V, C), dtype), *drawn)
+
+
 if __name__ == "__main__":
     case = json.loads(sys.argv[1])
-    compiled = (compile_experts if "X" in case else compile_step)(**case)
+    compile_case = compile_experts if "X" in case else compile_head if "V" in case else compile_step
+    compiled = compile_case(**case)
     names = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
     print(json.dumps({"kernels": sorted(set(names)), "temporary": compiled.memory_analysis().temp_size_in_bytes}))

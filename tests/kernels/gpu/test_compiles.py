@@ -36,6 +36,13 @@ EXPERTS = [  # of Qwen3-30B-A3B, 64 tokens and 4,096, and of gpt-oss
     {"X": 32, "M": 4, "F": 5760, "C": 2880},
 ]
 
+HEADS = [  # of Qwen3-0.6B, for few rows and many, of Llama 3.1 and of SmolLM2
+    {"M": 3, "V": 151936, "C": 1024},
+    {"M": 256, "V": 151936, "C": 1024},
+    {"M": 128, "V": 128256, "C": 4096, "greedy": True},
+    {"M": 700, "V": 49152, "C": 576, "dtype": "float16"},
+]
+
 
 def compiles(case, expected=None):
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
@@ -59,6 +66,13 @@ def test_compiles(case):
 )
 def test_experts_compile(case):
     compiles(case, ["grouped_matmul"])
+
+
+@pytest.mark.parametrize(
+    "case", HEADS[:2] + [pytest.param(case, marks=pytest.mark.slow) for case in HEADS[2:]], ids=str
+)
+def test_heads_compile(case):
+    compiles(case, ["head"])
 
 
 @pytest.mark.slow
