@@ -2,7 +2,7 @@
 
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.config import ModelConfig, RopeScaling
-from models.registry import build_model, param_shapes
+from models.registry import build_model, head_params, param_shapes
 from models.sharding import CACHE, make_mesh, sharded
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "build_model",
+    "head_params",
     "make_mesh",
     "open_checkpoint",
     "param_shapes",

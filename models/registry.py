@@ -99,6 +99,12 @@ def param_shapes(model: nn.Module) -> Params:
     return {"params": unflatten_dict(placed)}
 
 
+def head_params(params: Params) -> Params:
+    """Of a model's parameters, those of its output head: what its method `logits` takes."""
+    name = "head" if "head" in params["params"] else "embed"
+    return {"params": {name: params["params"][name]}}
+
+
 def where_is(path: Path, leaf: Any, model: nn.Module) -> Placement:
     """Of a parameter of the model, or its shape."""
     return placement(path, leaf.shape, model.config, model.compute.shards)

@@ -3,16 +3,17 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from paged.program_store import ProgramStore
+from paged.program_store import NO_STORE, ProgramStore
 
 logger = logging.getLogger(__name__)
 BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
+Lowering = Callable[[], jax.stages.Lowered]
 
 
 class CompileCounter:
@@ -29,24 +30,43 @@ class CompileCounter:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
 
-def compile_all(
-    programs: Mapping[str, Callable[[], jax.stages.Lowered]], what: str, store: ProgramStore
-) -> dict[str, Any]:
-    """Programs by name, from the store where it has them; the others are traced one after the other (Python) and
-    compiled side by side (C++)."""
-    begin = time.monotonic()
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        stored = dict(zip(programs, pool.map(store.load, programs), strict=True))
-        futures = {
-            name: pool.submit(_compile, name, lower(), store) for name, lower in programs.items() if not stored[name]
-        }
-        compiled = {name: futures[name].result() if name in futures else stored[name] for name in programs}
-    seconds = time.monotonic() - begin
-    logger.info("%d %s in %.1f s, %d of them compiled", len(compiled), what, seconds, len(futures))
-    return compiled
+class Compiler:
+    """Gives programs by name: from the store where it has them; the others are traced one after the other (Python) and
+    compiled side by side (C++). What a name means never changes: a program is compiled once."""
 
+    def __init__(self, store: ProgramStore = NO_STORE) -> None:
+        self._store = store
+        self._programs: dict[str, Future] = {}
+        self._compiled = 0
+        self._pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+        self._begin = time.monotonic()
 
-def _compile(name: str, lowered: jax.stages.Lowered, store: ProgramStore) -> Any:
-    program = lowered.compile()
-    store.save(name, program)
-    return program
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, programs: Mapping[str, Lowering]) -> None:
+        """Returns when they are traced, and does not wait for the rest."""
+        new = {name: lower for name, lower in programs.items() if name not in self._programs}
+        loading = {name: self._pool.submit(self._store.load, name) for name in new if self._store.has(name)}
+        for name, lower in new.items():
+            if name in loading and loading[name].result():
+                self._programs[name] = loading[name]
+            else:
+                self._programs[name] = self._pool.submit(self._compile, name, lower())
+                self._compiled += 1
+
+    def get(self, names: Iterable[str]) -> dict[str, Any]:
+        """Waits for programs that were started."""
+        return {name: self._programs[name].result() for name in names}
+
+    def _compile(self, name: str, lowered: jax.stages.Lowered) -> Any:
+        program = lowered.compile()
+        self._store.save(name, program)
+        return program
+
+    def log(self) -> None:
+        seconds = time.monotonic() - self._begin
+        logger.info("%d programs in %.1f s, %d of them compiled", len(self._programs), seconds, self._compiled)

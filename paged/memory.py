@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax
 
 from kernels_pallas import vector_bytes
 from models import CACHE, ModelConfig, sharded
+from paged.compiler import Compiler, Lowering
 from paged.config import CacheArgs
-from paged.runner import Runner, RunnerShape
+from paged.runner import Runner
+from paged.runner_shape import RunnerShape
 
 logger = logging.getLogger(__name__)
 CPU_CACHE_BYTES = 2 << 30
@@ -25,8 +28,8 @@ class MemoryLedger:
 
     limit: int | None
     weights: int
-    activations: int  # largest temporary and output memory of any step program
-    slots: int  # block tables and sampling state
+    activations: int  # largest temporary and output memory of any call
+    slots: int  # block tables, sampling state, hidden states of prompts
     cache: int
     num_blocks: int
     block_size: int
@@ -82,12 +85,23 @@ def token_bytes(config: ModelConfig, dtype: Any, shards: int = 1) -> int:
     return (2 if config.latent is None else 1) * kv_heads * vector_bytes(config.head_dim, dtype)
 
 
-def step_bytes(analysis: Any) -> int:
-    """What a step needs beside its arguments: temporaries, and outputs that are not donated inputs."""
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+def call_bytes(analysis: Any) -> int:
+    """What a program needs beside its arguments: temporaries, and outputs that are not donated inputs."""
+    return analysis.temp_size_in_bytes + output_bytes(analysis)
 
 
-def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, cache_dir: str | None = None) -> int:
+def output_bytes(analysis: Any) -> int:
+    return analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def most_bytes(forwards: Iterable[Any], samplings: Iterable[Any]) -> int:
+    """The most that a call of compiled programs needs beside weights and state: one with the layers in it; or sampling,
+    which reads what another left."""
+    before, after = ([program.memory_analysis() for program in programs] for programs in (forwards, samplings))
+    return max(*map(call_bytes, before), max(map(output_bytes, before)) + max(map(call_bytes, after)))
+
+
+def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, compiler: Compiler) -> int:
     """How many blocks the pool has; no more than max_num_seqs sequences of full length can use."""
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override
@@ -99,7 +113,10 @@ def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, cach
     elif limit is None:
         budget = min(CPU_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
-        budget = limit - tree_bytes(params) - activation_bytes(model, params, shape, cache_dir)
+        probe = Probe(model, params, shape)
+        compiler.start(probe.lowerings)
+        compiler.start(probe.runner.sampling_lowerings(shape.samplings))  # meanwhile: no pool changes them
+        budget = limit - tree_bytes(params) - probe.activation_bytes(compiler)
     return min(round_down(max(0, budget // per_block)), useful)
 
 
@@ -110,13 +127,25 @@ def round_down(num_blocks: int) -> int:
     return num_blocks // granularity * granularity
 
 
-def activation_bytes(model: Any, params: Any, shape: RunnerShape, cache_dir: str | None = None) -> int:
-    """Compiles the two largest steps over a small pool (the pool's size does not change their temporaries)."""
-    probe = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS), cache_dir)
-    programs = probe.compile_steps([(step, "full") for step in shape.largest_steps])
-    analyses = [program.memory_analysis() for program in programs.values()]
-    state = probe.state_shapes()
-    return max(map(step_bytes, analyses)) + tree_bytes(state) - tree_bytes(state.caches)
+class Probe:
+    """What is compiled to size the pool: the layers of the two largest steps over a small one (its size does not change
+    their temporaries), and what reads what they leave."""
+
+    def __init__(self, model: Any, params: Any, shape: RunnerShape):
+        self.runner = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS))
+        self._forwards = self.runner.forward_lowerings(shape.largest_steps)
+        self._samplings = self.runner.sampling_lowerings([shape.largest_sampling])
+
+    @property
+    def lowerings(self) -> dict[str, Lowering]:
+        return self._samplings | self._forwards
+
+    def activation_bytes(self, compiler: Compiler) -> int:
+        """All that a device has to hold beside weights and cache."""
+        compiler.start(self.lowerings)
+        needed = most_bytes(compiler.get(self._forwards).values(), compiler.get(self._samplings).values())
+        state = self.runner.state_shapes()
+        return needed + tree_bytes(state) - tree_bytes(state.caches)
 
 
 def ledger(runner: Runner, args: CacheArgs) -> MemoryLedger:
@@ -125,7 +154,7 @@ def ledger(runner: Runner, args: CacheArgs) -> MemoryLedger:
     return MemoryLedger(
         limit=usable_memory(jax.devices()[0], args.gpu_memory_utilization),
         weights=tree_bytes(runner.params),
-        activations=max(map(step_bytes, runner.memory_analysis().values())),
+        activations=most_bytes(*runner.compiled),
         slots=tree_bytes(runner.state) - cache,
         cache=cache,
         num_blocks=runner.shape.num_blocks,

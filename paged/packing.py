@@ -18,12 +18,20 @@ class StepInputs[Array](NamedTuple):
     scratch slot and length 0."""
 
     tokens: Array  # [T], FROM_DEVICE for a decode
-    slots: Array  # [S]
-    kv_lens: Array  # [S], tokens of the sequence once this step's are in the cache
     cu_q_lens: Array  # [S + 1]
     new_blocks: Array  # [S], block appended to the table, 0 for none
-    samples: Array  # [S], 1 where the step samples the sequence's next token
     num_seqs: Array  # [2]: decodes, all
+    slots: Array  # [S], the first of SampledRows
+    kv_lens: Array  # [S], tokens of the sequence once this step's are in the cache
+    samples: Array  # [S], 1 where the step samples the sequence's next token
+
+
+class SampledRows[Array](NamedTuple):
+    """Of StepInputs, what sampling needs."""
+
+    slots: Array
+    kv_lens: Array
+    samples: Array
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class StepShape:
 
     @cached_property
     def sizes(self) -> StepInputs[int]:
-        return StepInputs(self.T, self.S, self.S, self.S + 1, self.S, self.S, 2)
+        return StepInputs(self.T, self.S + 1, self.S, 2, self.S, self.S, self.S)
 
     @property
     def packed_size(self) -> int:
@@ -48,6 +56,10 @@ class StepShape:
     def split[Array: (np.ndarray, jax.Array)](self, packed: Array) -> StepInputs[Array]:
         ends = list(accumulate(self.sizes))
         return StepInputs(*(packed[end - size : end] for size, end in zip(self.sizes, ends, strict=True)))
+
+    def sampled_rows(self, packed: jax.Array) -> jax.Array:
+        """int32[3, S]: the fields of SampledRows."""
+        return packed[-3 * self.S :].reshape(3, self.S)
 
 
 def pack(plan: StepPlan, shape: StepShape, scratch_slot: int) -> np.ndarray:

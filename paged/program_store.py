@@ -26,7 +26,7 @@ class ProgramStore:
     """A folder of programs. What it holds is as trusted as the code itself: loading a program runs it.
 
     Attributes:
-      directory: of one model, in one shape, on one kind of machine; None: nothing is kept.
+      directory: of one model, in steps of the same sizes, on one kind of machine; None: nothing is kept.
       devices: that the programs run on, in the order of their mesh.
     """
 
@@ -43,10 +43,14 @@ class ProgramStore:
         digest.update(repr((machine, made_from)).encode())
         return cls(Path(cache_dir).expanduser() / digest.hexdigest()[:32], tuple(devices))
 
+    def has(self, name: str) -> bool:
+        return self.directory is not None and (self.directory / name).exists()
+
     def load(self, name: str) -> Any:
         """The program of that name, ready to be called, or None."""
-        if self.directory is None or not (path := self.directory / name).exists():
+        if self.directory is None or not self.has(name):
             return None
+        path = self.directory / name
         try:
             program, inputs, outputs = pickle.loads(path.read_bytes())
             return serialize_executable.deserialize_and_load(program, inputs, outputs, execution_devices=self.devices)
@@ -65,6 +69,9 @@ class ProgramStore:
             partial.rename(self.directory / name)
         except (OSError, ValueError, NotImplementedError) as error:
             logger.warning("the compiled program %s is not kept: %s", name, error)
+
+
+NO_STORE = ProgramStore(None, ())
 
 
 def source_digest() -> bytes:

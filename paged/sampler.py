@@ -3,7 +3,7 @@
 Shape letters: S rows of the step, V vocabulary, A requests admitted in a step; `slots` is the number of slots,
 and what a running request needs is in row `slot` of every array of a SlotState.
 
-A step program is compiled in three variants, from which the engine takes the cheapest that serves all its rows:
+It is compiled in three variants, from which the engine takes the cheapest that serves all rows of a step:
 "greedy" (argmax), "random" (temperature alone) and "full" (everything). Rows mix freely: a row's token is the
 same under every variant that can serve it, and in any company. Within "full", what no row asks for is skipped
 at run time.

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 
 from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
+from paged.compiler import Compiler
 from paged.config import EngineConfig, ModelArgs
 from paged.errors import InvalidRequestError
 from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
 from paged.packing import buckets
-from paged.runner import Runner, RunnerShape
+from paged.program_store import ProgramStore
+from paged.runner import Runner
+from paged.runner_shape import RunnerShape
 from paged.sampler import VARIANTS, Variant
 from paged.scheduler import Scheduler
 
@@ -115,15 +118,26 @@ def build(config: EngineConfig) -> Parts:
 def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any, params: Any) -> tuple[Runner, int]:
     """Sizes the pool and compiles every program; also gives the context length that fits."""
     shape = runner_shape(config, checkpoint, model.compute.dtype, jax.default_backend())
-    cache_dir = config.runner.compilation_cache_dir
+    store = program_store(config.runner.compilation_cache_dir, model, params, shape)
     try:
-        num_blocks = size_pool(model, params, shape, config.cache, cache_dir)
-        shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
-        runner = Runner(model, params, shape, cache_dir)
-        runner.compile()
+        with Compiler(store) as compiler:
+            num_blocks = size_pool(model, params, shape, config.cache, compiler)
+            shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
+            runner = Runner(model, params, shape)
+            runner.compile(compiler)
+            compiler.log()
     except UnsupportedShapeError as e:
         raise InvalidRequestError(str(e)) from e
     return runner, max_model_len
+
+
+def program_store(cache_dir: str | None, model: Any, params: Any, shape: RunnerShape) -> ProgramStore:
+    """Of a model's programs for any size of the pool, which is in their names."""
+    mesh = model.compute.mesh
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    weights = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), params)
+    sizes = replace(shape, num_blocks=0, blocks_per_seq=0)
+    return ProgramStore.of(cache_dir, devices, model.config, model.compute, sizes, weights)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -11,7 +11,8 @@ import numpy as np
 
 from paged.config import EngineConfig
 from paged.memory import MemoryLedger
-from paged.runner import PackedStep, Runner, RunnerShape, StepHandle, variant_ranks
+from paged.runner import PackedStep, Runner, StepHandle, variant_ranks
+from paged.runner_shape import RunnerShape
 from paged.sampler import SampleOutput
 from paged.startup import Parts, make_scheduler, open_model, runner_shape
 

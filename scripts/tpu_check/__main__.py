@@ -1,7 +1,7 @@
 """python -m scripts.tpu_check MODEL --topology v5e:2x2: will a model run on these TPUs, and how fast at best?"""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from models import build_model, make_mesh, open_checkpoint, param_shapes
 from paged.cli import parse_args
+from paged.compiler import Compiler, Lowering
 from paged.config import CacheArgs, EngineConfig, ModelArgs, RunnerArgs, SchedulerArgs, option, require
 from paged.errors import InvalidRequestError
-from paged.memory import RESERVE, activation_bytes, block_bytes, gib, round_down, tree_bytes
+from paged.memory import RESERVE, Probe, block_bytes, gib, round_down, tree_bytes
 from paged.runner import Runner
 from paged.startup import runner_shape
 from scripts.bench.report import Report, note
@@ -35,8 +36,8 @@ class CheckArgs:
     max_model_len: int = option(8192, "longest prompt plus output, in tokens")
     batch: tuple[int, ...] = option((1, 16, 64, 256), "sequences of a decode step, several values")
     context: tuple[int, ...] = option((1024, 4096), "tokens of each of them, several values")
-    largest_only: bool = option(False, "compile the two largest programs alone")
-    estimate: bool = option(True, "tokens a second; compiles all once more")
+    largest_only: bool = option(False, "compile the largest programs alone")
+    estimate: bool = option(True, "tokens a second; compiles greedy samplers as well")
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
@@ -57,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(check: CheckArgs, cache: CacheArgs, scheduler: SchedulerArgs) -> int:
     chip, devices = topology_devices(check.topology)
     runner, per_block = make_runner(check, cache, scheduler, devices)
-    shapes = runner.shape.steps
+    shape = runner.shape
+    steps, samplings = shape.steps, shape.samplings
     if check.largest_only:
-        shapes = runner.shape.largest_steps
+        steps, samplings = shape.largest_steps, [shape.largest_sampling]
     about = {"model": check.model, "topology": check.topology, "options": asdict(cache) | asdict(scheduler)}
     about["tensor_parallel_size"] = runner.model.compute.shards
     weights = tree_bytes(runner.params)
@@ -69,16 +71,18 @@ def run(check: CheckArgs, cache: CacheArgs, scheduler: SchedulerArgs) -> int:
         Report("tpu_check", about).add({"memory": "FAIL"}, {"memory": {"weights": weights, "error": error}})
         return 1
     runner = Runner(runner.model, runner.params, replace(runner.shape, num_blocks=num_blocks))
-    keys = [(shape, variant) for shape in shapes for variant in runner.shape.variants_of(shape)]
-    lowerings = runner.step_programs(keys) | ({} if check.largest_only else runner.small_programs())
+    lowerings = runner.forward_lowerings(steps) | runner.sampling_lowerings(samplings)
+    if not check.largest_only:
+        lowerings |= runner.lowerings()
     programs, failed = compile_programs(runner, lowerings, chip, about)
     if programs:
-        report_memory(runner, programs, chip, weights, about)
+        report_memory(runner, list(programs.values()), chip, weights, about)
     if check.estimate and not failed:
-        note("compiling with a greedy sampler, for the estimates")
+        note("compiling greedy samplers, for the estimates")
         mesh = runner.model.compute.mesh
-        greedy = {shape: Program.compile(partial(runner.lower_step, shape, "greedy"), mesh) for shape in shapes}
-        Estimates(runner, chip, greedy).report(check.batch, check.context, check.max_model_len, about)
+        greedy = {S: Program.compile(partial(runner.lower_sampling, S, "greedy"), mesh) for S, _ in samplings}
+        parts = {step: (programs[runner.forward_name(step)], greedy[step.S]) for step in steps}
+        Estimates(runner, chip, parts).report(check.batch, check.context, check.max_model_len, about)
     return 1 if failed else 0
 
 
@@ -108,8 +112,8 @@ def fit(runner: Runner, cache: CacheArgs, chip: Chip, per_block: int, weights: i
     if room <= 0:
         return 0, f"weights of {gib(weights)} a chip, and it has {gib(chip.hbm_bytes)}: more chips are needed"
     try:
-        with jax.sharding.use_abstract_mesh(runner.model.compute.mesh.abstract_mesh):
-            room -= activation_bytes(runner.model, runner.params, shape)
+        with jax.sharding.use_abstract_mesh(runner.model.compute.mesh.abstract_mesh), Compiler() as compiler:
+            room -= Probe(runner.model, runner.params, shape).activation_bytes(compiler)
     except jax.errors.JaxRuntimeError as e:
         return 0, str(e)
     num_blocks = min(round_down(max(0, room // per_block)), shape.max_num_seqs * shape.blocks_per_seq + 1)
@@ -122,10 +126,10 @@ def fit(runner: Runner, cache: CacheArgs, chip: Chip, per_block: int, weights: i
 
 
 def compile_programs(
-    runner: Runner, lowerings: Mapping[str, Callable[[], jax.stages.Lowered]], chip: Chip, about: dict[str, Any]
-) -> tuple[list[Program], int]:
-    """Those that compile, and how many do not."""
-    report, programs, failed = Report("tpu_check", about), [], 0
+    runner: Runner, lowerings: Mapping[str, Lowering], chip: Chip, about: dict[str, Any]
+) -> tuple[dict[str, Program], int]:
+    """Those that compile, by name, and how many do not."""
+    report, programs, failed = Report("tpu_check", about), {}, 0
     for name, lower in lowerings.items():
         try:
             program = Program.compile(lower, runner.model.compute.mesh)
@@ -134,7 +138,7 @@ def compile_programs(
             report.add(_row(name, "FAIL"), {"program": name, "error": str(e)})
             note(str(e))
             continue
-        programs.append(program)
+        programs[name] = program
         copies = hidden_copies(program.text, (runner.params, runner.state_shapes().caches))
         seconds = max(program.bytes / chip.bandwidth, program.flops / chip.flops)
         row = _row(

@@ -17,9 +17,9 @@ from scripts.tpu_check.program import Program
 
 
 class Estimates:
-    """programs: step programs with a greedy sampler, by shape."""
+    """programs: by step, its layers, and its head with a greedy sampler."""
 
-    def __init__(self, runner: Runner, chip: Chip, programs: dict[StepShape, Program]):
+    def __init__(self, runner: Runner, chip: Chip, programs: dict[StepShape, tuple[Program, Program]]):
         self.programs = programs
         self.config: ModelConfig = runner.model.config
         shape = runner.shape
@@ -30,27 +30,30 @@ class Estimates:
 
     def report(self, batches, contexts, max_model_len: int, about: dict[str, Any]) -> None:
         report = Report("tpu_check", about)
-        decodes = {shape.S: program for shape, program in self.programs.items() if shape.decode_only}
+        decodes = {shape.S: step for shape, step in self.programs.items() if shape.decode_only}
         for context in contexts:
             for batch in batches:
                 if decodes and batch <= max(decodes) and context <= max_model_len and batch * context <= self.capacity:
-                    program = decodes[at_least(tuple(sorted(decodes)), batch)]
-                    self._add(report, f"decode {batch} x {context:,}", program, [context] * batch, batch)
-        for shape, program in self.programs.items():
+                    step = decodes[at_least(tuple(sorted(decodes)), batch)]
+                    self._add(report, f"decode {batch} x {context:,}", step, [context] * batch, batch)
+        for shape, step in self.programs.items():
             if not shape.decode_only:
                 T = shape.T
                 full, rest = divmod(T, min(T, max_model_len))
                 lengths = [min(T, max_model_len)] * full + [rest] * (rest > 0)
                 contexts_of_tokens = np.concatenate([np.arange(1, n + 1) for n in lengths])
-                self._add(report, f"prompt {T:,}", program, contexts_of_tokens, T, read=sum(lengths))
+                self._add(report, f"prompt {T:,}", step, contexts_of_tokens, T, read=sum(lengths))
         report.print_table()
 
-    def _add(self, report: Report, name: str, program: Program, contexts, tokens: int, read: int | None = None) -> None:
+    def _add(
+        self, report: Report, name: str, step: tuple[Program, Program], contexts, tokens: int, read: int | None = None
+    ) -> None:
         """contexts: for each token of the step, how many it attends to; read: cached tokens that are fetched."""
         attended = self.cost.cached_tokens_read(contexts)
         fetched = (attended / self.config.num_layers if read is None else read) * self.kv_bytes
         attention = self.cost.attention_flops(attended)
-        moved, operations = program.bytes + fetched, program.flops + attention
+        moved = sum(program.bytes for program in step) + fetched
+        operations = sum(program.flops for program in step) + attention
         seconds = self.ceilings.seconds(moved, operations)
         used = 2 * tokens * self.cost.weights_used()
         if read is not None:  # a prompt step has logits for the last token of each sequence alone

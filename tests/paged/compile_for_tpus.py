@@ -1,7 +1,7 @@
 """Compiles the engine's programs for TPUs that are not there, on any x86 machine that has libtpu.
 
 python -m tests.paged.compile_for_tpus '[{"model": "llama-3.1-8b", "topology": "v6e:2x4", "shards": 8, "layers": 2,
-"programs": ["decode:greedy", "prompt:full", "admit"]}]' prints a line of JSON for each program. Layers: the first so
+"programs": ["decode", "prompt", "sample:full", "admit"]}]' prints a line of JSON for each program. Layers: the first so
 many; 0 is all.
 """
 
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from models import ModelConfig, build_model, make_mesh, param_shapes
-from paged.runner import Runner, RunnerShape
+from paged.runner import Runner
+from paged.runner_shape import RunnerShape
 from paged.sampler import VARIANTS
 from scripts.bench.roofline import Cost
 from scripts.tpu_check.chips import topology_devices
@@ -50,12 +51,14 @@ def runner_of(model: str, topology: str, shards: int, layers: int) -> Runner:
 
 
 def lowering(runner: Runner, name: str) -> Callable[[], jax.stages.Lowered]:
-    """name: decode or prompt and a sampler's variant; admit; admit_full; score."""
+    """name: decode or prompt, the layers of a step; sample and a sampler's variant; admit; admit_full; score."""
     kind, _, variant = name.partition(":")
-    if not variant:
-        return runner.small_programs()[kind]
+    if kind == "sample":
+        return partial(runner.lower_sampling, S, variant)
     decode, prompt = runner.shape.steps
-    return partial(runner.lower_step, decode if kind == "decode" else prompt, variant)
+    if kind in ("decode", "prompt"):
+        return partial(runner.lower_forward, decode if kind == "decode" else prompt)
+    return {found.split("-")[0]: lower for found, lower in runner.lowerings().items()}[kind]
 
 
 def reports(model: str, topology: str, shards: int, layers: int, programs: list[str]) -> Iterator[dict]:

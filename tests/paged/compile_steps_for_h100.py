@@ -1,8 +1,9 @@
 """Compiles step programs for an H100, on any machine:
 
-python -m tests.paged.compile_steps_for_h100 MODEL '{"deterministic": true}' decode-64 prompt-512
+python -m tests.paged.compile_steps_for_h100 MODEL '{"deterministic": true}' decode-64 prompt-512 sample-64
 
-Prints how many calls of each of our kernels a program has, and its temporary memory.
+Prints how many calls of each of our kernels a program has, and its temporary memory. decode, prompt: the layers of a
+step; sample: its head and "random" sampler.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 
 from models import build_model, make_mesh
@@ -43,12 +45,17 @@ def main(folder: str, options: str, *names: str) -> None:
         runner = Runner(model, param_shapes(model), sizes)
         for name in names:
             kind, size = name.split("-")
-            is_decode = kind == "decode"
-            shape = StepShape(int(size), int(size) if is_decode else sizes.max_num_seqs, is_decode)
-            compiled = runner.lower_step(shape, "random").compile()
+            compiled = lowered(runner, kind, int(size)).compile()
             kernels = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
             memory = compiled.memory_analysis().temp_size_in_bytes
-            print(json.dumps({"step": str(shape), "kernels": Counter(kernels), "temporary": memory}), flush=True)
+            print(json.dumps({"program": name, "kernels": Counter(kernels), "temporary": memory}), flush=True)
+
+
+def lowered(runner: Runner, kind: str, size: int) -> jax.stages.Lowered:
+    if kind == "sample":
+        return runner.lower_sampling(size, "random")
+    is_decode = kind == "decode"
+    return runner.lower_forward(StepShape(size, size if is_decode else runner.shape.max_num_seqs, is_decode))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from paged import InvalidRequestError, QueueFullError, SamplingParams, startup
+from paged.packing import StepShape
 from tests.paged.tiny import logits_of, make_engine, run, tokens, write_config
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -219,17 +220,17 @@ def test_abort_at_any_moment_frees_everything(engine):
 def test_a_failing_step_fails_its_requests_and_no_others(engine, monkeypatch):
     asked = {str(i): (p, GREEDY) for i, p in enumerate(prompts(12, 6, longest=20))}
     expected = run(engine, asked)
-    key = next(k for k in engine.runner._steps if k[0].decode_only and k[0].S == 4)
-    program, calls = engine.runner._steps[key], []
+    key = StepShape(4, 4, decode_only=True)
+    program, calls = engine.runner._forwards[key], []
 
-    def fail_once(params, state, packed):
-        out = program(params, state, packed)  # donates the state: it is gone
+    def fail_once(*args):
+        out = program(*args)  # donates the caches: they are gone
         calls.append(1)
         if len(calls) == 5:
             raise RuntimeError("RESOURCE_EXHAUSTED: boom")
         return out
 
-    monkeypatch.setitem(engine.runner._steps, key, fail_once)
+    monkeypatch.setitem(engine.runner._forwards, key, fail_once)
     results = run(engine, asked)
     failed = {i for i, deltas in results.items() if deltas[-1].finish_reason == "error"}
     assert 0 < len(failed) < 6

@@ -32,7 +32,8 @@ def test_a_warm_start(tmp_path, caplog):
     cold, compiled = start(folder, tmp_path / "cache", caplog)
     assert compiled > 0
     assert start(folder, tmp_path / "cache", caplog) == (cold, 0)
-    assert start(folder, tmp_path / "cache", caplog, num_gpu_blocks_override=81)[1] == compiled
+    for_another_pool = start(folder, tmp_path / "cache", caplog, num_gpu_blocks_override=81)[1]
+    assert for_another_pool == 4 < compiled  # the layers of three steps, and what writes block tables
     files = list((tmp_path / "cache").rglob("decode-*"))
     for path in files:
         path.write_bytes(path.read_bytes()[:100])

@@ -17,32 +17,36 @@ LAYERS = SHAPE["num_hidden_layers"]
 DECODE = {"rotate_and_write": LAYERS, "decode_attention": LAYERS, "decode_attention_merge": LAYERS}
 LINEAR = {"linear": 4 * LAYERS}  # qkv, out, gate and up, down
 HEAD = {"head": 1}  # and the sampler
+UNIFORM_HEAD = {"linear": 1}
 NORMS = {"rms_norm": 2 * LAYERS + 1}
-UNIFORM = {"rotate_and_write": LAYERS, "prefill_attention": LAYERS, "linear": 4 * LAYERS + 1} | NORMS
+UNIFORM = {"rotate_and_write": LAYERS, "prefill_attention": LAYERS, "linear": 4 * LAYERS} | NORMS
 
 
-def kernels_of(folder: str, options: dict, *steps: str) -> dict[str, dict[str, int]]:
-    command = [sys.executable, "-m", "tests.paged.compile_steps_for_h100", folder, json.dumps(options), *steps]
+def kernels_of(folder: str, options: dict, *programs: str) -> dict[str, dict[str, int]]:
+    command = [sys.executable, "-m", "tests.paged.compile_steps_for_h100", folder, json.dumps(options), *programs]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["step"]: line["kernels"] for line in lines}
+    return {line["program"]: line["kernels"] for line in lines}
 
 
 def test_steps(tmp_path):
     """One row of a product is faster as a sum in XLA, and so are products of many."""
-    assert kernels_of(write_config(tmp_path, **SHAPE), {}, "decode-1", "decode-64", "prompt-512") == {
-        "decode-1": DECODE | HEAD,
-        "decode-64": DECODE | HEAD | LINEAR,
-        "prompt-512": DECODE | HEAD | {"prefill_attention": LAYERS},
+    programs = ("decode-1", "decode-64", "prompt-512", "sample-1", "sample-64")
+    assert kernels_of(write_config(tmp_path, **SHAPE), {}, *programs) == {
+        "decode-1": DECODE,
+        "decode-64": DECODE | LINEAR,
+        "prompt-512": DECODE | {"prefill_attention": LAYERS},
+        "sample-1": HEAD,
+        "sample-64": HEAD,
     }
 
 
 @pytest.mark.slow
 def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
     steps = ("decode-1", "decode-64", "prompt-512")
-    found = kernels_of(write_config(tmp_path, **SHAPE), {"deterministic": True}, *steps)
-    assert found == dict.fromkeys(steps, UNIFORM)
+    found = kernels_of(write_config(tmp_path, **SHAPE), {"deterministic": True}, *steps, "sample-1", "sample-64")
+    assert found == dict.fromkeys(steps, UNIFORM) | dict.fromkeys(("sample-1", "sample-64"), UNIFORM_HEAD)
 
 
 def test_steps_over_eight_bits(tmp_path):
@@ -50,4 +54,4 @@ def test_steps_over_eight_bits(tmp_path):
     config = SHAPE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
     found = kernels_of(write_config(tmp_path, **config), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
     expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS}
-    assert found == dict.fromkeys(("decode-1", "prompt-512"), expected | HEAD)
+    assert found == dict.fromkeys(("decode-1", "prompt-512"), expected)

@@ -8,6 +8,7 @@ import pytest
 
 from paged.cli import parse_args
 from paged.config import CacheArgs, SchedulerArgs
+from paged.memory import Probe
 from scripts.tpu_check.__main__ import CheckArgs, make_runner
 from scripts.tpu_check.__main__ import main as tpu_check
 from scripts.tpu_check.chips import topology_devices
@@ -114,11 +115,10 @@ ENTRY %main (p: bf16[64,64], q: bf16[64,64], t: bf16[1000,64], i: s32[8], c: bf1
 
 
 @needs_libtpu
-def test_a_start_compiles_a_dozen_programs() -> None:
-    """Steps and the small programs, and the two that the pool is sized by."""
+def test_a_start_compiles_few_programs() -> None:
+    """The layers of six steps, three samplers, the three small ones, and the two that the pool is sized by."""
     _, devices = topology_devices("v6e:1x1")
     runner, _ = make_runner(CheckArgs(model="configs/llama-3.1-8b"), CacheArgs(), SchedulerArgs(), devices)
-    shape = runner.shape
-    steps = [(step, variant) for step in shape.steps for variant in shape.variants_of(step)]
-    programs = [*runner.step_programs(steps), *shape.chained, *runner.small_programs(), *shape.largest_steps]
-    assert len(programs) <= 12
+    probe = Probe(runner.model, runner.params, runner.shape)
+    assert len(runner.forward_lowerings(runner.shape.steps)) == 6
+    assert len(runner.lowerings() | probe.lowerings) == 14

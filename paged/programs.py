@@ -1,0 +1,129 @@
+"""What is compiled: pure functions of the weights, the device's state and what the host sends.
+
+A step is two programs, so that the layers are compiled once for each of a step's shapes and the sampler once for each
+number of rows and each of its variants. The first leaves the hidden states that are sampled from, `StepRows`, on the
+device.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas import AttentionBatch
+from models import head_params
+from paged import sampler
+from paged.packing import SampledRows, StepShape
+from paged.runner_shape import RunnerShape
+from paged.sampler import SampleOutput, SlotState, Variant
+
+
+class DeviceState(NamedTuple):
+    """Donated to the programs that write it, and returned by them. `slots` below is max_num_seqs + 1: the last is
+    scratch, which padding reads and writes."""
+
+    caches: Any  # one per layer
+    block_tables: jax.Array  # int32[slots, P]
+    hidden: jax.Array  # [largest T, E], of the last prompt step's tokens: what prompt logprobs are made from
+    last_tokens: jax.Array  # int32[slots]
+    sampling: SlotState
+
+
+class StepRows(NamedTuple):
+    """What is sampled from."""
+
+    hidden: jax.Array  # [S, E]
+    packed: jax.Array  # int32[3, S], SampledRows
+
+
+def forward_program(
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, last_tokens, packed
+) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
+    """The layers. packed: int32[shape.packed_size]; the others as in DeviceState, whose first three it writes."""
+    inputs = shape.split(packed)
+    kv_lens, scratch = inputs.kv_lens, sizes.max_num_seqs
+    grows = inputs.new_blocks > 0
+    block_tables = block_tables.at[
+        jnp.where(grows, inputs.slots, scratch), jnp.where(grows, (kv_lens - 1) // sizes.block_size, 0)
+    ].set(inputs.new_blocks)
+    rows = jnp.arange(shape.T)
+    if shape.decode_only:
+        tokens, positions = last_tokens[inputs.slots], jnp.maximum(kv_lens - 1, 0)
+    else:
+        seq = jnp.minimum(jnp.searchsorted(inputs.cu_q_lens[1:], rows, side="right"), shape.S - 1)
+        positions = jnp.maximum(kv_lens[seq] - inputs.cu_q_lens[seq + 1] + rows, 0)
+        tokens = jnp.where(inputs.tokens < 0, last_tokens[inputs.slots[seq]], inputs.tokens)
+    batch = AttentionBatch(
+        kv_lens,
+        block_tables[inputs.slots],
+        inputs.cu_q_lens,
+        inputs.num_seqs,
+        shape.decode_only,
+        model.compute.deterministic,
+    )
+    x, caches = model.apply(params, tokens, positions, caches, batch)
+    if not shape.decode_only:
+        hidden = lax.dynamic_update_slice(hidden, x, (0, 0))
+        x = x[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
+    return (caches, block_tables, hidden), StepRows(x, shape.sampled_rows(packed))
+
+
+def sample_program(
+    model: nn.Module, sizes: RunnerShape, variant: Variant, head, last_tokens, sampling: SlotState, rows: StepRows
+) -> tuple[tuple[jax.Array, SlotState], SampleOutput]:
+    """The head and the sampler. head: models.head_params; last_tokens and sampling as in DeviceState, which it writes.
+    Rows of the output are in the order of plan.scheduled."""
+    slots, kv_lens, samples = SampledRows(*rows.packed)
+    sampled = next_tokens(model, sizes, variant, head, rows.hidden, sampling, slots, kv_lens)
+    last_tokens = last_tokens.at[jnp.where(samples > 0, slots, sizes.max_num_seqs)].set(sampled.tokens)
+    if variant == "full":
+        sampling = sampler.count_tokens(sampling, slots, sampled.tokens, samples > 0)
+    return (last_tokens, sampling), sampled
+
+
+def next_tokens(
+    model: nn.Module, sizes: RunnerShape, variant: Variant, params, hidden, sampling: SlotState, slots, positions
+) -> SampleOutput:
+    """The output head and the sampler: a token for each row of hidden [S, E]. slots, positions: int32[S], as
+    sampler.sample has them."""
+    if variant != "full":
+        best_tokens = partial(model.apply, params, hidden, method="best_tokens")
+        tokens = sampler.tokens_without_logits(best_tokens, sampling, slots, positions, variant)
+        if tokens is not None:
+            return SampleOutput(tokens)
+    logits = model.apply(params, hidden, method="logits")
+    return sampler.sample(logits, sampling, slots, positions, variant, sizes.max_logprobs)
+
+
+def chain_program(
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, state: DeviceState, packed
+) -> tuple[DeviceState, jax.Array]:
+    """Decode steps one after the other, one program. packed: int32[steps, shape.packed_size]; gives the tokens,
+    int32[steps, S]."""
+
+    head = head_params(params)
+
+    def step(i, carry):
+        (caches, block_tables, hidden, last_tokens, sampling), tokens = carry
+        written, rows = forward_program(
+            model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i]
+        )
+        chosen, output = sample_program(model, sizes, "random", head, last_tokens, sampling, rows)
+        return DeviceState(*written, *chosen), tokens.at[i].set(output.tokens)
+
+    return lax.fori_loop(0, len(packed), step, (state, jnp.zeros((len(packed), shape.S), jnp.int32)))
+
+
+def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Array) -> tuple[jax.Array, SlotState]:
+    """Writes the rows of newly admitted requests. packed: int32[A, PACKED_WIDTH + P], slot first."""
+    scalars, tables = packed[:, : sampler.PACKED_WIDTH], packed[:, sampler.PACKED_WIDTH :]
+    return block_tables.at[packed[:, 0]].set(tables), sampler.write_slots(sampling, scalars)
+
+
+def score_program(model: nn.Module, max_logprobs: int, head, hidden: jax.Array, rows: jax.Array) -> SampleOutput:
+    """hidden [largest T, E]; rows int32[2, R]: row of hidden, and the token that follows it."""
+    logits = model.apply(head, hidden[rows[0]], method="logits")
+    return sampler.prompt_logprobs(logits, rows[1], max_logprobs)
