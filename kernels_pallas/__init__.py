@@ -7,6 +7,7 @@ from kernels_pallas.attention import (
     attention_backend,
     cache_shape,
     latent_cache_shape,
+    lowering,
     qkv_attention,
     ragged_paged_attention,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "is_quantized",
     "latent_cache_shape",
     "linear",
+    "lowering",
     "qkv_attention",
     "quantize",
     "ragged_paged_attention",

@@ -6,6 +6,7 @@ sequence's table, H query heads, K key/value heads, G = H / K, D head size.
 
 import importlib
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -104,6 +105,15 @@ def _fastest_on_tpu(device_kind: str) -> str:
 
 def _implementation(backend: str) -> ModuleType:
     return importlib.import_module(_IMPLEMENTATIONS[backend])
+
+
+def lowering(backend: str) -> AbstractContextManager[None]:
+    """What many programs with kernels of `backend` are lowered within."""
+    if backend != "mosaic_gpu":
+        return nullcontext()
+    from kernels_pallas.gpu.ptxas import asked_once
+
+    return asked_once()
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:

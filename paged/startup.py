@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized
+from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized, lowering
 from models import Checkpoint, build_model, make_mesh, open_checkpoint
 from paged.compiler import Compiler
 from paged.config import EngineConfig, ModelArgs
@@ -120,7 +120,7 @@ def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any, pa
     shape = runner_shape(config, checkpoint, model.compute.dtype, jax.default_backend())
     store = program_store(config.runner.compilation_cache_dir, model, params, shape)
     try:
-        with Compiler(store) as compiler:
+        with lowering(model.compute.attention_backend), Compiler(store) as compiler:
             num_blocks = size_pool(model, params, shape, config.cache, compiler)
             shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
             runner = Runner(model, params, shape)

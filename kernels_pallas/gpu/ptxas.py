@@ -1,0 +1,22 @@
+"""How often ptxas is asked for its version."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from unittest.mock import patch
+
+from jax.experimental.mosaic.gpu import fragmented_array
+
+QUESTION = "_get_ptxas_isa_version"
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Within, once. jax 0.11.2 starts a process for it each time that a kernel makes a number of a boolean, which every
+    condition does: 20 ms each, two dozen times a step's program."""
+    extension = getattr(fragmented_array.mgpu_lib, "_mosaic_gpu_ext", None)
+    if not hasattr(extension, QUESTION):
+        yield
+        return
+    with patch.object(extension, QUESTION, cache(getattr(extension, QUESTION))):
+        yield
