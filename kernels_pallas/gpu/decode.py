@@ -2,14 +2,20 @@
 
 Decode is bound by memory, so everything here serves one end: keep copies of pages in flight on every SM. A sequence
 is cut into splits (flash decoding), sized by its own length alone, so that its result never depends on the rest of
-the batch. The grid is persistent: each CTA takes (sequence, split, key/value head) items off a list, its memory
-warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its compute warpgroup
-multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are
-computed for nothing and never stored. A second kernel merges the splits.
+the batch. The grid is persistent: each worker takes a run of (sequence, key/value head, split) items, as many tiles as
+any other's; its memory warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its
+compute warpgroup multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other
+rows are computed for nothing and never stored.
+
+In large batches a worker that has a sequence's first split merges those that follow it as it goes, and writes the
+result if it has all of them; a second kernel merges the rest. Which splits are merged where does not change a bit: they
+are added in one order, and their maxima are rounded to whole numbers, so that what aligns them is a power of two, an
+exact factor.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,11 +23,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.merge import merge_splits, stored_rows
-from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, load_rows, num_sms, store_column, store_rows, tiles_of_8
+from kernels_pallas.gpu.merge import Sinks, merge_splits, reciprocal, stored_rows
+from kernels_pallas.gpu.rows import (
+    LOG2E,
+    PARAMS,
+    ROWS,
+    TILED,
+    load_column,
+    load_rows,
+    num_sms,
+    store_column,
+    store_rows,
+    tiles_of_8,
+)
 
 TILE = 64  # cached tokens multiplied at a time
-FIELDS = 8  # columns of the list of work: sequence, first token, last token + 1, kv_len, split, and padding
+FIELDS = 8  # columns of the list of work, see list_work
 
 
 @dataclass(frozen=True)
@@ -47,29 +64,73 @@ class DecodeConfig:
         return cls(min_split=256, max_splits=32, workers=workers, stages=stages)
 
 
+class Cuts(NamedTuple):
+    """How sequences are cut, int32[S] each: first visible token, tokens from there, tokens of a split (but the last),
+    and splits."""
+
+    start: jax.Array
+    tokens: jax.Array
+    size: jax.Array
+    splits: jax.Array
+
+    @classmethod
+    def of(cls, kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig) -> "Cuts":
+        start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
+        tokens = kv_lens - start
+        size = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
+        return cls(start, tokens, size, pl.cdiv(tokens, size))
+
+
 def list_work(kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig):
     """The items of work, before the split over key/value heads.
 
-    Returns int32[W, FIELDS], int32[1], how many of them are real, and int32[S], how many are of each sequence. They
-    depend on nothing but lengths, so that one list serves all layers that have the same window.
+    Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
+    first split, how many it has, and the tokens of each but the last; int32[1], how many rows are real; and int32[S],
+    how many are of each sequence. They depend on nothing but lengths, so that one list serves all layers that have the
+    same window.
     """
     S = kv_lens.shape[0]
     visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
     max_splits = min(config.max_splits, pl.cdiv(visible, config.min_split))
-    start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
-    tokens = kv_lens - start
-    split = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
-    splits = pl.cdiv(tokens, split)
-    before = jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], splits[None, :], 0), axis=1)
+    cuts = Cuts.of(kv_lens, block_table_tokens, window, config)
+    before = _before(cuts.splits)
     j = jnp.arange(max_splits)[None, :]
-    first = start[:, None] + j * split[:, None]
-    stop = jnp.minimum(first + split[:, None], kv_lens[:, None])
-    columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, 0, 0, 0]
+    first = cuts.start[:, None] + j * cuts.size[:, None]
+    stop = jnp.minimum(first + cuts.size[:, None], kv_lens[:, None])
+    of_seq = [column[:, None] for column in (before, cuts.splits, cuts.size)]
+    columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, *of_seq]
     rows = jnp.stack([jnp.broadcast_to(c, (S, max_splits)) for c in columns], axis=-1).astype(jnp.int32)
-    place = jnp.where(j < splits[:, None], before[:, None] + j, S * max_splits)
+    place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * max_splits)
     work = jnp.zeros((S * max_splits, FIELDS), jnp.int32)
     work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(splits).astype(jnp.int32)[None], splits.astype(jnp.int32)
+    return work, jnp.sum(cuts.splits).astype(jnp.int32)[None], cuts.splits.astype(jnp.int32)
+
+
+def _before(counts):
+    """int32[S]: the sum of those before each."""
+    S = counts.shape[0]
+    return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
+
+
+def share_work(cuts: Cuts, K: int, workers: int):
+    """int32[workers + 1]: worker w has the items from number w of these up to number w + 1. Items are ordered by
+    sequence, head and split; an item is of the worker in whose equal share of all tiles its middle lies."""
+    S = cuts.splits.shape[0]
+    tiles, size = pl.cdiv(cuts.tokens, TILE), cuts.size // TILE
+    before, splits_before = _before(tiles) * K, _before(cuts.splits) * K
+    total, w = jnp.sum(tiles) * K, jnp.arange(workers + 1)
+    share = total // workers * w + total % workers * w // workers
+    seq = jnp.sum((before + tiles * K)[None, :] <= share[:, None], axis=1)
+    tiles, size, splits, before, splits_before = (
+        x.at[seq].get(mode="fill", fill_value=fill)
+        for x, fill in ((tiles, 1), (size, 1), (cuts.splits, 0), (before, 0), (splits_before, 0))
+    )
+    head, place = (share - before) // tiles, (share - before) % tiles
+    whole = jnp.clip(pl.cdiv(2 * place - size, 2 * size), 0, splits - 1)  # splits whose middle comes before `place`
+    last = 2 * (splits - 1) * size + tiles - (splits - 1) * size
+    behind = jnp.where((whole == splits - 1) & (last < 2 * place), splits, whole)
+    found = splits_before + head * splits + behind
+    return jnp.where(seq < S, found, jnp.sum(cuts.splits) * K).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
@@ -93,18 +154,29 @@ def decode_attention(
     K, N = keys.shape[1:3]
     G = H // K
     config = config or DecodeConfig.of(D)
-    work, count, splits = list_work(kv_lens, block_tables.shape[1] * N, window, config)
+    tokens, workers = block_tables.shape[1] * N, config.workers * num_sms()
+    work, _, splits = list_work(kv_lens, tokens, window, config)
+    shares = share_work(Cuts.of(kv_lens, tokens, window, config), K, workers)
     max_splits = work.shape[0] // S
     stored = stored_rows(G, D)
+    sinks = None if sinks is None else Sinks.of(sinks)
     ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=TILED)
     slots = config.workers * config.stages
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
-    parts, maxima, totals = plgpu.kernel(
-        partial(_attend, G=G, config=config, logits=partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)),
+    logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
+    merging = (  # where few workers have several splits of a sequence, to merge as they go costs more than it saves
+        jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
+        jax.ShapeDtypeStruct((S, K), jnp.int32),
+    )
+    found, *merged = plgpu.kernel(
+        partial(_attend, G=G, config=config, logits=logits),
         out_type=(
-            jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
-            *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
+            (
+                jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
+                *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
+            ),
+            *(merging if workers < S * K else ()),
         ),
         grid=(num_sms(),),
         grid_names=("cta",),
@@ -118,39 +190,52 @@ def decode_attention(
             *(full, full, free, free),
         ],
         compiler_params=PARAMS,
-    )(work, count, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables)
-    out = merge_splits(parts, maxima, totals, splits, sinks, G, q.dtype)
+    )(work, shares, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables, sinks or ())
+    out = merge_splits(*found, splits, sinks, G, q.dtype, *merged)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
-def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratch, G, config, logits):
-    q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, config, logits):
+    *merged, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = refs
     _, K, N, D = keys.shape
     warpgroup = lax.axis_index("warpgroup")
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
-    workers = config.workers * lax.axis_size("cta")
-    mine = lax.div(count[0] * K - worker + workers - 1, jnp.int32(workers))
+    mine, others = shares[worker], shares[worker + 1]
     stages = jnp.int32(config.stages)
     base = me * stages
+
+    def read(i):
+        """Sequence, head, split, splits, first token, last + 1, and kv_len."""
+        seq, row_first, _, length, row_split, before, splits, size = (
+            work[lax.div(i, jnp.int32(K)), f] for f in range(8)
+        )
+        i -= before * K
+        h, split = lax.div(i, splits), lax.rem(i, splits)
+        first = row_first + (split - row_split) * size
+        return seq, h, split, splits, first, jnp.minimum(first + size, length), length
 
     @pl.when(warpgroup < config.workers)
     def compute():
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
 
-        def item(i, step):
-            i = worker + i * workers
-            w, h = lax.div(i, jnp.int32(K)), lax.rem(i, jnp.int32(K))
-            seq, first, stop, length, split = (work[w, f] for f in range(5))
-            if len(q.shape) == 2:  # the queries' rows lie within one tile of 8 and the copy engine can have them
-                fetched = max(G, 8)  # those past G are other heads' or zeros
-                row = seq * (K * G) + h * G
-                plgpu.copy_gmem_to_smem(q.at[pl.ds(row, fetched)], q_smem.at[me, pl.ds(0, fetched)], q_ready.at[me])
-                plgpu.barrier_wait(q_ready.at[me])
-            else:
-                q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
-                plgpu.commit_smem()
+        def item(i, carry):
+            step, before = carry
+            seq, h, split, splits, first, stop, length = read(i)
+
+            @pl.when((i == mine) | (split == 0))
+            def fetch_queries():
+                if len(q.shape) == 2:  # the queries' rows lie within one tile of 8 and the copy engine can have them
+                    fetched = max(G, 8)  # those past G are other heads' or zeros
+                    row = seq * (K * G) + h * G
+                    rows = q.at[pl.ds(row, fetched)]
+                    plgpu.copy_gmem_to_smem(rows, q_smem.at[me, pl.ds(0, fetched)], q_ready.at[me])
+                    plgpu.barrier_wait(q_ready.at[me])
+                else:
+                    q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
+                    plgpu.commit_smem()
+
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
             def tile(t, carry):
@@ -165,7 +250,7 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
                 scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[base + slot])
                 scores = logits(scores, first + t * TILE, stop, length)
-                m_new = jnp.maximum(m, scores.max(axis=1))
+                m_new = jnp.maximum(m, whole(scores.max(axis=1)))
                 decay = jnp.exp2(m - m_new)
                 p = jnp.exp2(scores - lax.broadcast_in_dim(m_new, scores.shape, [0]))
                 total = total * decay + p.sum(axis=1)
@@ -176,13 +261,33 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
                 plgpu.barrier_arrive(v_free.at[base + slot])
                 return acc, m_new, total
 
-            acc, m, total = lax.fori_loop(0, tiles, tile, _empty(D))
-            store_rows(parts.at[seq, h, split], acc, G)
-            store_column(maxima.at[seq, h, split], m, G)
-            store_column(totals.at[seq, h, split], total, G)
-            return step + tiles
+            found = lax.fori_loop(0, tiles, tile, _empty(D))
+            now, stored, slot = found, True, split
+            if merged:
+                out, count = merged
+                from_first = i - split >= mine  # the splits before this one are ours too
+                both = _merge(before, found)
+                now = [jnp.where(from_first & (split > 0), a, b) for a, b in zip(both, found, strict=True)]
+                complete = from_first & (split + 1 == splits)
+                stored = ~from_first | ((i + 1 == others) & ~complete)
+                slot = jnp.where(from_first, 0, split)
 
-        lax.fori_loop(0, mine, item, jnp.int32(0))
+                @pl.when(complete)
+                def finish():
+                    store_rows(out.at[seq, h], _divided(now, sinks, h * G, G).astype(out.dtype), G)
+
+                @pl.when(complete | (from_first & stored))
+                def tell():
+                    count[seq, h] = split + 1
+
+            @pl.when(stored)
+            def store():
+                for ref, value, put in zip(parts, now, (store_rows, store_column, store_column), strict=True):
+                    put(ref.at[seq, h, slot], value, G)
+
+            return step + tiles, now if merged else before
+
+        lax.fori_loop(mine, others, item, (jnp.int32(0), list(_empty(D)) if merged else []))
 
     @pl.when(warpgroup >= config.workers)
     def copy():
@@ -190,9 +295,7 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
             plgpu.set_max_registers(40, action="decrease")
 
         def item(i, step):
-            i = worker + i * workers
-            w, h = lax.div(i, jnp.int32(K)), lax.rem(i, jnp.int32(K))
-            seq, first, stop = (work[w, f] for f in range(3))
+            seq, h, _, _, first, stop, _ = read(i)
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
             def tile(t, _):
@@ -210,7 +313,7 @@ def _attend(work, count, q, keys, values, tables, parts, maxima, totals, *scratc
             lax.fori_loop(0, tiles, tile, None)
             return step + tiles
 
-        lax.fori_loop(0, mine, item, jnp.int32(0))
+        lax.fori_loop(mine, others, item, jnp.int32(0))
 
 
 def block_at(tables, seq, token, N, p):
@@ -236,6 +339,31 @@ def logits_of(scores, token, stop, length, *, scale, window, soft_cap, axis=1):
     if window is not None:
         visible &= position >= length - window
     return jnp.where(visible, scores, -jnp.inf)
+
+
+def whole(x):
+    """To the nearest whole number, where it is below 2^22."""
+    return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
+
+
+def _merge(a, b):
+    """Two splits' sums of values, maxima and denominators, as one's."""
+    m = jnp.maximum(a[1], b[1])
+    weights = [jnp.exp2(x[1] - m) for x in (a, b)]
+    scaled = [x[0] * lax.broadcast_in_dim(w, x[0].shape, [0]) for x, w in zip((a, b), weights, strict=True)]
+    return scaled[0] + scaled[1], m, a[2] * weights[0] + b[2] * weights[1]
+
+
+def _divided(found, sinks, first, G):
+    """The attention of heads `first` to first + G - 1 from their sums."""
+    acc, m, total = found
+    if sinks:
+        sink_m, sink_total = (load_column(x.at[pl.ds(first, G)], G) for x in sinks)
+        m_new = jnp.maximum(m, sink_m)
+        decay = jnp.exp2(m - m_new)
+        acc, total = acc * lax.broadcast_in_dim(decay, acc.shape, [0]), total * decay
+        total = total + jnp.exp2(sink_m - m_new) * sink_total
+    return acc * lax.broadcast_in_dim(reciprocal(total), acc.shape, [0])
 
 
 def _empty(D):

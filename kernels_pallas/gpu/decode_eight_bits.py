@@ -31,7 +31,7 @@ from kernels_pallas.gpu.eight_bits import (
     tile_transforms,
     values_operand,
 )
-from kernels_pallas.gpu.merge import merge_splits, stored_rows
+from kernels_pallas.gpu.merge import Sinks, merge_splits, stored_rows
 from kernels_pallas.gpu.rows import PARAMS, TILED, WARPGROUP, num_sms
 from kernels_pallas.quantize import SCALE_DTYPE
 
@@ -95,7 +95,7 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
         ],
         compiler_params=PARAMS,
     )(work, count, q, (*cache[:2], *(x.reshape(-1) for x in cache[2:])), block_tables)
-    out = merge_splits(parts, maxima, totals, splits, sinks, G, q.dtype)
+    out = merge_splits(parts, maxima, totals, splits, None if sinks is None else Sinks.of(sinks), G, q.dtype)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 

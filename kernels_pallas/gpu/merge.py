@@ -5,8 +5,10 @@ takes cost every split more (64 x 4,096 tokens went from 387 to 663 us).
 """
 
 from functools import partial, reduce
+from typing import NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -14,38 +16,56 @@ from jax import lax
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP
 
 
+class Sinks(NamedTuple):
+    """Learned logits as splits without values: maxima, whole numbers in base 2, and denominators, float32[H] each."""
+
+    maxima: jax.Array
+    totals: jax.Array
+
+    @classmethod
+    def of(cls, sinks) -> "Sinks":
+        logits = sinks.astype(jnp.float32) * LOG2E
+        maxima = jnp.round(logits)
+        return cls(maxima, jnp.exp2(logits - maxima))
+
+
 def stored_rows(G: int, D: int) -> int:
     """Rows kept of a key/value head's G, such that a warpgroup reads them in whole vectors."""
     return G if G * D % WARPGROUP == 0 else G + 1
 
 
-def merge_splits(parts, maxima, totals, splits, sinks, G: int, dtype) -> jax.Array:
+def merge_splits(parts, maxima, totals, splits, sinks: Sinks | None, G: int, dtype, out=None, merged=None) -> jax.Array:
     """One online softmax over what the splits of each sequence found.
 
     Args:
       parts: float32[S, K, M, R * D], each split's weighted sum of values, not normalised. R is stored_rows.
       maxima, totals: float32[S, K, M, R], each split's maximum, in base 2, and denominator.
       splits: int32[S], how many of the M a sequence has.
-      sinks: float32[K * G] or None.
+      out, merged: dtype[S, K, R * D] and int32[S, K], how many splits, from the first on, part 0 already is; where
+        these are all, `out` is the result. None: part 0 is the first split.
 
     Returns:
       dtype[S, K, R * D], zeros where there are no splits.
     """
     S, K, _, size = parts.shape
-    return plgpu.kernel(
-        partial(_merge, G=G, R=totals.shape[-1], sinks_given=sinks is not None),
-        out_type=jax.ShapeDtypeStruct((S, K, size), dtype),
+    some = () if merged is None else (merged,)
+    in_place = () if out is None else (jax.new_ref(out),)
+    made = plgpu.kernel(
+        partial(_merge, G=G, R=totals.shape[-1]),
+        out_type=() if in_place else jax.ShapeDtypeStruct((S, K, size), dtype),
         grid=(S, K),
         grid_names=("sequence", "head"),
         kernel_name="decode_attention_merge",
         compiler_params=PARAMS,
-    )(parts, maxima, totals, splits, splits if sinks is None else sinks)
+    )(parts, maxima, totals, splits, sinks or (), some, *in_place)
+    return jax.freeze(in_place[0]) if in_place else made
 
 
-def _merge(parts, maxima, totals, splits, sinks, out, *, G, R, sinks_given):
+def _merge(parts, maxima, totals, splits, sinks, merged, out, *, G, R):
     seq, head = lax.axis_index("sequence"), lax.axis_index("head")
     parts, maxima, totals = (ref.at[seq, head] for ref in (parts, maxima, totals))
     splits = splits[seq]
+    merged, may_be_complete = (merged[0][seq, head], True) if merged else (1, False)
     size = parts.shape[1]
     D = size // R
     at_once = max(1, min(4, 512 // size))
@@ -58,28 +78,45 @@ def _merge(parts, maxima, totals, splits, sinks, out, *, G, R, sinks_given):
             x = jnp.where(row == g, values[g], x)
         return x
 
-    def chunk(c, carry):
+    def align(carry, maxima_found):
+        """The carry with maxima that are those found, too; and what each of these is to be multiplied by."""
         acc, m, total = carry
-        js = [c * at_once + u for u in range(at_once)]
-        at = [jnp.minimum(j, splits - 1) for j in js]
+        m_new = [reduce(jnp.maximum, [x[g] for x in maxima_found], m[g]) for g in range(R)]
+        decay = [jnp.exp2(m[g] - m_new[g]) for g in range(R)]
+        weights = [[jnp.exp2(x[g] - m_new[g]) for g in range(R)] for x in maxima_found]
+        return (acc * spread(decay), m_new, [total[g] * decay[g] for g in range(R)]), weights
+
+    def chunk(c, carry):
+        places = [jnp.where(c + u == 0, 0, merged - 1 + c + u) for u in range(at_once)]  # part 0, then those behind it
+        at = [jnp.minimum(j, splits - 1) for j in places]
         found = [plgpu.load(parts.at[j], layout=layout) for j in at]
         found_m = [
-            [jnp.where(j < splits, maxima[i, g], -jnp.inf) for g in range(R)] for j, i in zip(js, at, strict=True)
+            [jnp.where(j < splits, maxima[i, g], -jnp.inf) for g in range(R)] for j, i in zip(places, at, strict=True)
         ]
         found_total = [[totals[i, g] for g in range(R)] for i in at]
-        m_new = [reduce(jnp.maximum, [x[g] for x in found_m], m[g]) for g in range(R)]
-        decay = [jnp.exp2(m[g] - m_new[g]) for g in range(R)]
-        acc = acc * spread(decay)
-        total = [total[g] * decay[g] for g in range(R)]
-        for x, x_m, x_total in zip(found, found_m, found_total, strict=True):
-            weight = [jnp.exp2(x_m[g] - m_new[g]) for g in range(R)]
+        (acc, m, total), weights = align(carry, found_m)
+        for x, x_total, weight in zip(found, found_total, weights, strict=True):
             acc += x * spread(weight)
             total = [total[g] + weight[g] * x_total[g] for g in range(R)]
-        return acc, m_new, total
+        return acc, m, total
 
-    zero = jnp.float32(0)
-    m = [sinks[head * G + min(g, G - 1)] * LOG2E if sinks_given else zero - jnp.inf for g in range(R)]
-    total = [zero + sinks_given] * R
-    acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
-    acc, _, total = lax.fori_loop(0, lax.div(splits + (at_once - 1), jnp.int32(at_once)), chunk, (acc, m, total))
-    out[seq, head] = (acc * spread([jnp.where(x > 0, 1 / x, 0.0) for x in total])).astype(out.dtype)
+    @pl.when((splits == 0) | (merged < splits) | (not may_be_complete))
+    def merge():
+        left = jnp.where(splits > 0, splits - merged + 1, 0)
+        zero = jnp.float32(0)
+        acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
+        carry = acc, [zero - jnp.inf] * R, [zero] * R
+        carry = lax.fori_loop(
+            0, lax.div(left + (at_once - 1), jnp.int32(at_once)), lambda i, x: chunk(i * at_once, x), carry
+        )
+        if sinks:
+            sink = [head * G + min(g, G - 1) for g in range(R)]
+            (acc, _, total), [weight] = align(carry, [[sinks[0][i] for i in sink]])
+            total = [t + w * sinks[1][i] for t, w, i in zip(total, weight, sink, strict=True)]
+        else:
+            acc, _, total = carry
+        out[seq, head] = (acc * reciprocal(spread(total))).astype(out.dtype)
+
+
+def reciprocal(total):
+    return jnp.where(total > 0, 1 / total, 0.0)

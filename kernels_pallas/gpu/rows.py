@@ -56,6 +56,11 @@ def load_row(ref) -> jax.Array:
     return _load(ref, None, ref.shape, plgpu.Layout.WGMMA.reduce(0))
 
 
+def load_column(ref, count) -> jax.Array:
+    """ref [any] as [ROWS], what can be broadcast along the columns of [ROWS, D]; from `count` on, the last again."""
+    return _load(ref, count, (ROWS,), plgpu.Layout.WGMMA.reduce(1))
+
+
 def store_heads(ref, x, first, start, stop) -> None:
     """Row r of x [ROWS, D] or [ROWS] is head first + r: stores heads `start` to `stop` - 1 to ref [stop - start, D]."""
     layout = plgpu.Layout.WGMMA if x.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)

@@ -1,0 +1,54 @@
+"""The decode kernel's list of work and how workers share it, which is plain jnp: on any machine."""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.gpu.decode import TILE, Cuts, DecodeConfig, list_work, share_work
+
+S, TOKENS = 9, 40_000
+lengths = st.lists(st.one_of(st.just(0), st.integers(1, 700), st.integers(1, TOKENS)), min_size=S, max_size=S)
+
+
+@pytest.mark.parametrize("window", [None, 100, 3000])
+@pytest.mark.parametrize(("K", "workers"), [(1, 264), (8, 264), (3, 5)])
+def test_every_split_has_one_worker_and_workers_have_as_much_as_each_other(K, workers, window):
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+
+    @jax.jit
+    def shared(kv_lens):
+        cuts = Cuts.of(kv_lens, TOKENS, window, config)
+        return cuts, *list_work(kv_lens, TOKENS, window, config), share_work(cuts, K, workers)
+
+    @settings(deadline=None)
+    @given(lengths)
+    def check(lens):
+        cuts, work, count, splits, shares = jax.tree.map(np.asarray, shared(jnp.asarray(lens, jnp.int32)))
+        assert (splits == cuts.splits).all() and count[0] == splits.sum()
+        items = []  # by sequence, head and split, as a worker reads them: tiles
+        for seq, length in enumerate(lens):
+            rows = work[: count[0]][work[: count[0], 0] == seq]
+            first_visible = max(length - window, 0) if window else 0
+            assert len(rows) == 0 or (rows[0, 1] <= first_visible < rows[0, 1] + TILE)
+            assert (rows[1:, 1] == rows[:-1, 2]).all() and (len(rows) == 0) == (length == 0)
+            assert len(rows) == 0 or rows[-1, 2] == length
+            assert (rows[:, 4] == np.arange(len(rows))).all() and (rows[:, 6] == len(rows)).all()
+            assert (work[rows[:1, 5], 0] == seq).all() and (rows[:, 1] == rows[:1, 1] + rows[:, 4] * rows[:, 7]).all()
+            items += list(-(-(rows[:, 2] - rows[:, 1]) // TILE)) * K
+        assert shares[0] == 0 and shares[-1] == len(items) and (np.diff(shares) >= 0).all()
+        mine = [sum(items[a:b]) for a, b in pairwise(shares)]
+        assert max(mine) <= sum(items) / workers + max(items, default=0) + 1
+
+    check()
+
+
+def test_one_worker_has_all():
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+    cuts = Cuts.of(jnp.asarray([1000, 0, 3]), TOKENS, None, config)
+    assert partial(share_work, cuts, 4, 1)().tolist() == [0, 4 * 4 + 4]
