@@ -1,10 +1,6 @@
-"""Ragged paged attention on Hopper: the reference's cache layout, decode and prefill kernels.
-
-Over eight-bit caches there are kernels to write and to decode; prompts run through the reference.
-"""
+"""Ragged paged attention on Hopper: the reference's cache layout, decode and prefill kernels."""
 
 import logging
-from dataclasses import replace
 
 import jax.numpy as jnp
 
@@ -54,10 +50,14 @@ def _attend(q, cache, batch, *, sinks, **options):
     the cache has eight."""
     if batch.deterministic:  # a token's kernel must not follow from the step that it is in
         no_decodes = batch.num_seqs.at[0].set(0)
-        return _attend_prompts(q, cache, replace(batch, num_seqs=no_decodes), sinks, **options)
+        return prefill_attention(
+            q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, no_decodes, sinks, **options
+        )
     if batch.decode_only:
         return _attend_decodes(q, cache, batch.kv_lens, batch.block_tables, sinks, **options)
-    out = _attend_prompts(q, cache, batch, sinks, **options)
+    out = prefill_attention(
+        q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
+    )
     rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
     is_decode = rows < batch.num_seqs[0]
     kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)
@@ -71,19 +71,8 @@ def _attend_decodes(q, cache, kv_lens, block_tables, sinks, **options):
     return decode_attention(q, *cache, kv_lens, block_tables, sinks, **options)
 
 
-def _attend_prompts(q, cache, batch, sinks, **options):
-    if is_quantized(cache[0].dtype):
-        log.warning("No kernel for prompts over a cache of %s: their attention runs through plain XLA", cache[0].dtype)
-        return reference.attend_prompts(q, jnp.zeros_like(q), cache, batch, reference.Options(sinks=sinks, **options))
-    return prefill_attention(
-        q, *cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
-    )
-
-
 def _falls_back(num_heads, dtype, cache, batch) -> bool:
     unsupported = _unsupported(num_heads, dtype, cache)
-    if batch.deterministic and is_quantized(cache[0].dtype):
-        unsupported = f"prompts over a cache of {cache[0].dtype}"
     if unsupported and batch.deterministic:
         raise UnsupportedShapeError(f"deterministic: there is no attention kernel for {unsupported}")
     if unsupported:
@@ -96,11 +85,6 @@ def _unsupported(num_heads, dtype, cache) -> str | None:
     _, K, N, D = cache[0].shape
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"{dtype} over a cache of {cache[0].dtype}"
-    if is_quantized(cache[0].dtype) and ((dtype, N, D) != (jnp.bfloat16, 64, 128) or num_heads // K > 8):
-        return (  # decode_eight_bits is written for all that follows; this is what a device has shown right
-            f"a cache of {cache[0].dtype} but with blocks of 64 tokens and bfloat16 heads of 128, "
-            "at most 8 of them to a key/value head"
-        )
     if D not in (64, 128, 256):
         return f"heads of {D}"
     if num_heads // K > 16:

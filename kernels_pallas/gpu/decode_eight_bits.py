@@ -20,6 +20,7 @@ from kernels_pallas.gpu.decode import DecodeConfig, block_at, list_work, logits_
 from kernels_pallas.gpu.eight_bits import (
     TILE,
     keys_operand,
+    lift,
     load_queries,
     load_scales,
     reduce_rows,
@@ -153,9 +154,6 @@ def _attend(work, count, q, cache, tables, parts, maxima, totals, *scratch, G, c
         if config.workers > 1:
             plgpu.set_max_registers(_registers(config.workers), action="increase")
 
-        def scaled(x, which, slot):
-            return x * lax.broadcast_in_dim(load_scales(scales[which].at[me, slot], N), x.shape, [0])
-
         def queries(item):
             return load_queries(q.at[item.seq, pl.ds(item.head * G, G)], G, R)
 
@@ -173,17 +171,19 @@ def _attend(work, count, q, cache, tables, parts, maxima, totals, *scratch, G, c
                     plgpu.wgmma(scores, keys, q_smem.at[me].transpose((1, 0)))
                     return scores[...]
 
-                scores = scaled(pl.run_scoped(multiply, plgpu.ACC((TILE, R), jnp.float32)), 0, slot)
+                scores = pl.run_scoped(multiply, plgpu.ACC((TILE, R), jnp.float32))
+                scores *= load_scales(scales[0].at[me, slot], N, scores.shape, axis=0)
                 plgpu.barrier_arrive(k_free.at[at])
                 scores = logits(scores, item.first + t * TILE, item.stop, item.length)
-                m_new = jnp.maximum(m, reduce_rows(scores, "max", partials.at[me]))
+                m_new = jnp.maximum(m, reduce_rows(scores, "max", partials.at[me]) - lift(cache[0].dtype))
                 decay = jnp.exp2(m - m_new)
                 p = jnp.exp2(scores - lax.broadcast_in_dim(m_new, scores.shape, [1]))
                 total = total * lax.broadcast_in_dim(decay, total.shape, [1]) + p
                 acc = acc * lax.broadcast_in_dim(decay, acc.shape, [1])
                 plgpu.barrier_wait(v_ready.at[at])
                 values = values_operand(v_smem.at[me, slot], q.dtype)
-                p_smem.at[me].transpose((1, 0))[...] = scaled(p, 1, slot).astype(q.dtype)
+                weights = p * load_scales(scales[1].at[me, slot], N, p.shape, axis=0)
+                p_smem.at[me].transpose((1, 0))[...] = weights.astype(q.dtype)
                 plgpu.commit_smem()
                 weigh = lambda acc: plgpu.wgmma(acc, values, p_smem.at[me].transpose((1, 0)))  # noqa: E731
                 acc = pl.run_state(weigh)(plgpu.ACC.init(acc))

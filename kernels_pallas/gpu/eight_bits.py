@@ -7,18 +7,21 @@ order, which costs nothing: queries are stored with theirs in the same order, an
 stored.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from kernels_pallas.gpu.rows import TILED, WARPGROUP
+from kernels_pallas.quantize import LARGEST
 
 TILE = 64  # cached tokens multiplied at a time: wgmma's rows, and its columns
 _SCALES = 32  # copied at least: the copy engine moves multiples of 128 bytes
@@ -32,10 +35,10 @@ def tile_transforms(D: int) -> tuple:
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(width)  # type: ignore[abstract]
 
 
-def scales_shape(N: int) -> tuple[int, int]:
+def scales_shape(N: int, tile: int = TILE) -> tuple[int, int]:
     """A tile's scales in shared memory, float32: the blocks that it is gathered from, and what is copied of each, its
     scales and, in small blocks, what lies behind them."""
-    return max(1, TILE // N), max(min(N, TILE), _SCALES)
+    return max(1, tile // N), max(min(N, tile), _SCALES)
 
 
 def keys_operand(ref, dtype):
@@ -122,24 +125,78 @@ def _runs_of_thread(size: int, width: int):
         yield arith.addi(_mul(thread, width), _i32(first))
 
 
-def load_scales(ref, N: int) -> jax.Array:
-    """A tile's scales, of scales_shape, as float32[TILE] to multiply rows with."""
-    layout = _LAYOUT.reduce(1)
+def load_scales(ref, N: int, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """A tile's scales, of scales_shape, as float32[shape], whose `axis` are the tokens, at most TILE if that is 0."""
+    layout = _LAYOUT.reduce(1 - axis)
+    tokens = shape[axis]
+    block = min(N, tokens)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((TILE,), jnp.float32, layout=layout)
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((tokens,), jnp.float32, layout=layout)
     )
     def load(_, ref):
         tiled = layout.to_mgpu()
         kind = tiled.registers_element_type(ir.F32Type.get())
         index = ir.IndexType.get()
-        block = mgpu.c(min(N, TILE), index)
-        registers = np.empty(tiled.registers_shape((TILE,)), dtype=object)
-        for i, (token,) in enumerate(tiled.thread_idxs((TILE,))):
-            registers.flat[i] = vector.load(kind, ref, [arith.divui(token, block), arith.remui(token, block)])
+        registers = np.empty(tiled.registers_shape((tokens,)), dtype=object)
+        token = next(iter(tiled.thread_idxs((tokens,))))[0]  # of the first register; the others' are 8 further each
+        place = [operation(token, mgpu.c(block, index)) for operation in (arith.divui, arith.remui)]
+        for i in range(registers.size):
+            further = divmod(8 * i, block)
+            registers.flat[i] = vector.load(
+                kind, ref, [arith.addi(x, mgpu.c(y, index)) for x, y in zip(place, further, strict=True)]
+            )
         return FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
 
-    return load(ref)
+    return lax.broadcast_in_dim(load(ref), shape, [axis])
+
+
+def lift(dtype) -> float:
+    """By how much, in base 2, a softmax's weights are larger over eight bits: times its scale, a value's weight is then
+    at most the value's largest element, where small scales would leave float16 few digits. The result is the same, as
+    its numerator and denominator are both larger."""
+    return math.log2(LARGEST[jnp.dtype(dtype).name])
+
+
+def widen_tile(ref, wide) -> None:
+    """An eight-bit tile [tokens, D] goes to `wide`, of 16 bits, as wgmma reads it. They may share their memory: all is
+    read before anything is written.
+
+    A warp takes 8 tokens and 64 columns at a time, a thread of it 16 columns of a token, such that neither in the reads
+    nor in the writes any two of 8 neighbouring threads meet in a bank.
+    """
+    tokens, D = ref.shape
+    name, dtype = jnp.dtype(ref.dtype).name, jnp.dtype(wide.dtype).name
+    runs = range(tokens * D // (16 * WARPGROUP))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tile_transforms(D)), plgpu.RefType(TILED)))
+    def widen(_, ref, wide):
+        words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+        thread = _rem(mgpu.thread_idx(), WARPGROUP)
+        warp, lane = _div(thread, 32), _rem(thread, 32)
+        chunk, row = _rem(lane, 4), arith.xori(_div(lane, 8), _mul(_bit(lane, 4), 5))
+        rows, columns = _div(warp, D // 64), _rem(warp, D // 64)
+        offset = _offset(_add(_mul(rows, 8), row), _add(_mul(columns, 4), chunk), D)
+        source = _at(mgpu.memref_ptr(ref), offset)
+        targets = []
+        for half in range(2):
+            swizzled = arith.xori(_add(_mul(chunk, 2), _i32(half)), row)
+            offset = _add(_mul(warp, 1024), _mul(row, 128), _mul(swizzled, 16))
+            targets.append(_at(mgpu.memref_ptr(wide), offset))
+        found = [llvm.load(words, _at(source, 16 * WARPGROUP * i), alignment=16) for i in runs]
+        mgpu.warpgroup_barrier()
+        for i in runs:
+            pairs = [
+                pair
+                for word in range(4)
+                for pair in _widen_neighbours(vector.extract(found[i], [], [word]), name, dtype)
+            ]
+            for half, target in enumerate(targets):
+                part = vector.from_elements(words, pairs[4 * half : 4 * half + 4])
+                llvm.store(part, _at(target, 32 * WARPGROUP * i), alignment=16)
+        mgpu.commit_shared()
+
+    widen(ref, wide)
 
 
 def reduce_rows(x, kind: str, scratch):
@@ -217,21 +274,32 @@ def _widened(ref, dtype, shape, words: Callable):
 
 def _load_matrices(base, row, chunk, D: int, transposed: bool):
     """Four matrices of 8 rows of 16 bytes, the thread's word of each; `row` and `chunk` are where the lane's row is."""
-    width = min(D, 128)
-    chunks = width // 16
-    in_tile = _rem(row, 8)
-    swizzled = arith.xori(_rem(chunk, chunks), in_tile if width == 128 else _div(in_tile, 2))
-    tile = arith.addi(_mul(_div(row, 8), D // width), _div(chunk, chunks))
-    offset = _add(_mul(tile, 8 * width), _mul(in_tile, width), _mul(swizzled, 16))
     i32 = ir.IntegerType.get_signless(32)
     found = nvvm.ldmatrix(
-        mgpu.getelementptr(base, [offset], ir.IntegerType.get_signless(8)),
+        _at(base, _offset(row, chunk, D)),
         layout=nvvm.MMALayout.col if transposed else nvvm.MMALayout.row,
         num=4,
         shape=ir.Attribute.parse("#nvvm.ld_st_matrix_shape<m=8, n=8>"),
         elt_type=nvvm.LdStMatrixEltType.B16,
     )
     return [llvm.extractvalue(i32, found, [i]) for i in range(4)]
+
+
+def _offset(row, chunk, D: int):
+    """In bytes, of 16 numbers of a row of an eight-bit tile."""
+    width = min(D, 128)
+    chunks = width // 16
+    in_tile = _rem(row, 8)
+    swizzled = arith.xori(_rem(chunk, chunks), in_tile if width == 128 else _div(in_tile, 2))
+    tile = arith.addi(_mul(_div(row, 8), D // width), _div(chunk, chunks))
+    return _add(_mul(tile, 8 * width), _mul(in_tile, width), _mul(swizzled, 16))
+
+
+def _widen_neighbours(word, name: str, wide: str):
+    """The four bytes of a word, in order, as two pairs of numbers of 16 bits."""
+    for places in (0x1100, 0x3322):  # a byte for each of four, so that two neighbours are every other one
+        spread = mgpu.prmt(word, word, _i32(places))
+        yield _widen(spread, name != "int8", name, wide)
 
 
 def _widen(word, odd: bool, name: str, wide: str):
@@ -264,6 +332,10 @@ def _element_of_row(row):
     place = arith.muli(arith.remui(row, eight), two)
     odd = arith.remui(arith.divui(row, eight), two)
     return arith.addi(arith.addi(group, place), odd)
+
+
+def _at(base, offset):
+    return mgpu.getelementptr(base, [offset], ir.IntegerType.get_signless(8))
 
 
 def _ptx(operation: str, x, y):

@@ -7,6 +7,9 @@ queries, and pages into a ring of tiles, running ahead from one tile of queries 
 query heads of one key/value head over the same tokens where there are two, else two runs of tokens of one head. Rows
 are stored from registers, up to the sequence's end, so that what belongs to the next sequence is never touched.
 
+Tiles of eight bits are copied into the second half of their place in the ring, where one more warpgroup widens them to
+16 bits, which is exact. The keys' scales multiply the scores and the values' the weights, before these are rounded.
+
 A token's result is the same bits however its prompt is cut into chunks and whatever else is in the batch: tiles of
 cached tokens begin at multiples of their size, they are taken in order, and one that a row sees nothing of changes
 nothing.
@@ -22,7 +25,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas.gpu.eight_bits import lift, load_scales, scales_shape, tile_transforms, widen_tile
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
+from kernels_pallas.quantize import SCALE_DTYPE, is_quantized
 
 COMPUTE = 2  # warpgroups that multiply
 WARPS = 4  # of a warpgroup
@@ -102,14 +107,14 @@ def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int, tile: int, wind
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
 def prefill_attention(
-    q, keys, values, kv_lens, block_tables, cu_q_lens, num_seqs, sinks=None, *, scale, window=None, soft_cap=None,
-    config=None,
-):  # fmt: skip
+    q, cache, kv_lens, block_tables, cu_q_lens, num_seqs, sinks=None, *, scale, window=None, soft_cap=None, config=None
+):
     """Attends with the queries of sequences num_seqs[0] to num_seqs[1] - 1, causally.
 
     Args:
-      q: [T, H, D], of the cache's dtype (bfloat16 or float16); D is 64, 128 or 256.
-      keys, values: [B, K, N, D] with N a power of two of at least 8; this step's tokens are in them already.
+      q: [T, H, D], bfloat16 or float16; D is 64, 128 or 256.
+      cache: keys and values [B, K, N, D] of q's dtype, int8 or float8_e4m3fn, and the scales of the latter, float32
+        [B, K, N]; N is a power of two of at least 8; this step's tokens are in them already.
       kv_lens: int32[S]. block_tables: int32[S, P]. cu_q_lens: int32[S + 1]. num_seqs: int32[2].
       sinks: float32[H] or None.
       scale, window, soft_cap: see kernels_pallas.attention.
@@ -118,14 +123,23 @@ def prefill_attention(
       [T, H, D] in q's dtype: zeros behind the last sequence, undefined before sequence num_seqs[0].
     """
     T, H, D = q.shape
-    _, K, N, _ = keys.shape
+    dtype = cache[0].dtype
+    K, N = cache[0].shape[1:3]
     G = H // K
     config = config or PrefillConfig.of(D)
     heads = COMPUTE if G % COMPUTE == 0 else 1
     work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads, config.tile, window)
+    pages = max(1, config.tile // N)
     ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=TILED)
-    full = plgpu.Barrier(num_arrivals=max(1, config.tile // N), num_barriers=config.stages)
+    full = plgpu.Barrier(num_arrivals=pages, num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
+    eight_bits: list = []
+    if is_quantized(dtype):
+        halves = plgpu.SMEM((config.stages, 2, config.tile, D), dtype, transforms=tile_transforms(D))
+        ring = plgpu.RefUnion(ring, halves)
+        full, copied = (plgpu.Barrier(num_arrivals=n, num_barriers=config.stages) for n in (1, 2 * pages))
+        scales = plgpu.SMEM((config.stages, *scales_shape(N, config.tile)), SCALE_DTYPE)
+        eight_bits = [[scales, scales], [copied, copied]]
     return plgpu.kernel(
         partial(
             _attend, G=G, heads=heads, config=config, scale=scale, window=window, soft_cap=soft_cap,
@@ -134,26 +148,35 @@ def prefill_attention(
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_sms(),),
         grid_names=("cta",),
-        num_threads=COMPUTE + 1,
+        num_threads=COMPUTE + (2 if eight_bits else 1),
         thread_name="warpgroup",
         kernel_name="prefill_attention",
         scratch_types=[
             plgpu.SMEM((config.queries, COMPUTE, ROWS, D), q.dtype, transforms=TILED),
-            *(ring, ring),
+            [ring, ring],
             *[plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.queries)] * 2,
-            *(full, full, free, free),
+            [full, full],
+            [free, free],
             plgpu.Barrier(num_arrivals=COMPUTE),
+            eight_bits,
         ],
         compiler_params=PARAMS,
-    )(work, count, tiles_of_8(q), keys, values, block_tables, num_seqs if sinks is None else sinks)  # fmt: skip
+    )(
+        work, count, tiles_of_8(q), (*cache[:2], *(x.reshape(-1) for x in cache[2:])), block_tables,
+        num_seqs if sinks is None else sinks,
+    )  # fmt: skip
 
 
 def _attend(
-    work, count, q, keys, values, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
+    work, count, q, cache, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
 ):
-    q_smem, k_smem, v_smem, q_ready, q_free, k_ready, v_ready, k_free, v_free, turn = scratch
+    q_smem, rings, q_ready, q_free, ready, free, turn, eight_bits = scratch
+    scales, copied = eight_bits or ([], ready)
+    rings, inboxes = zip(*rings, strict=True) if scales else (rings, rings)
+    (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = rings, ready, free
     H, D = q.shape[1:]
-    N = keys.shape[2]
+    _, K, N, _ = cache[0].shape
+    registers = (208, 32, 64) if scales else (232, 40, 0)  # of a thread that multiplies, copies or widens
     me = lax.axis_index("warpgroup")
     tile, stages, queries = (jnp.int32(size) for size in (config.tile, config.stages, config.queries))
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
@@ -188,7 +211,11 @@ def _attend(
 
     @pl.when(me < COMPUTE)
     def compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
+        raised = lift(cache[0].dtype) if scales else 0.0
+
+        def columns(i, part):
+            return pl.ds(i * part.shape[1], part.shape[1])
 
         def take_turn():
             plgpu.barrier_arrive(turn)
@@ -204,6 +231,8 @@ def _attend(
                 return scores[...]
 
             scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, config.tile), jnp.float32))
+            if scales:
+                scores *= load_scales(scales[0].at[slot], N, scores.shape, axis=1)
             plgpu.barrier_arrive(k_free.at[slot])
             unit = scale * LOG2E
             if soft_cap is not None:
@@ -211,26 +240,32 @@ def _attend(
                 unit = soft_cap * LOG2E
             if masked:
                 scores = jnp.where(_visible(scores.shape, first, t * tile, window), scores, -jnp.inf)
-            m_new = jnp.maximum(m, scores.max(axis=1) * unit)
+            m_new = jnp.maximum(m, scores.max(axis=1) * unit - raised)
             decay = jnp.exp2(m - m_new)
             p = jnp.exp2(scores * unit - lax.broadcast_in_dim(m_new, scores.shape, [0]))
-            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+            acc = [part * lax.broadcast_in_dim(decay, part.shape, [0]) for part in acc]
             total *= decay
-            narrow = p.astype(q.dtype)
+            weights = p
+            if scales:  # they come with the values
+                plgpu.barrier_wait(v_ready.at[slot])
+                weights *= load_scales(scales[1].at[slot], N, p.shape, axis=1)
+            narrow = weights.astype(q.dtype)
             if D <= 128:
                 total += p.sum(axis=1)
                 acc, total, m_new, narrow = lax.optimization_barrier((acc, total, m_new, narrow))
             plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_ready.at[slot])
+            if not scales:
+                plgpu.barrier_wait(v_ready.at[slot])
             plgpu.barrier_wait(turn)
             if D > 128:
                 total += p.sum(axis=1)
 
             def weigh(acc):
-                plgpu.wgmma(acc, narrow, v_smem.at[slot])
+                for i, part in enumerate(acc):
+                    plgpu.wgmma(part, narrow, v_smem.at[slot, :, columns(i, part)])
                 pl.when(t + 1 < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(t + 1)]))
 
-            acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+            acc = pl.run_state(weigh)([plgpu.ACC.init(part) for part in acc])
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, m_new, total
 
@@ -248,7 +283,7 @@ def _attend(
             pl.when(begin < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(begin)]))
             plgpu.barrier_wait(turn)
             part = partial(step, my_q=q_smem.at[q_slot, me], slot_of=slot_of, first=first, end=end)
-            carry = _start(D)
+            carry = _start(D, min(D, 128) if scales else D)
             whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
             inside = begin
             if window is not None:
@@ -261,9 +296,10 @@ def _attend(
             if sinks_given:
                 total += jnp.exp2(sink - m)
             inverse = jnp.where(total > 0, 1 / total, 0.0)
-            acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-            rows = out.at[pl.ds(row + offset, ROWS), head]
-            store_rows(rows, acc.astype(out.dtype), high - offset, low - offset)
+            for i, part in enumerate(acc):
+                part *= lax.broadcast_in_dim(inverse, part.shape, [0])
+                place = out.at[pl.ds(row + offset, ROWS), head, columns(i, part)]
+                store_rows(place, part.astype(out.dtype), high - offset, low - offset)
 
         pl.when(me == 1)(take_turn)
         plgpu.barrier_arrive(turn)
@@ -271,7 +307,7 @@ def _attend(
 
     @pl.when(me == COMPUTE)
     def copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         size = min(N, config.tile)
         pages = config.tile // size
 
@@ -291,23 +327,47 @@ def _attend(
                 nth = done + t - item.begin
                 slot = lax.rem(nth, stages)
                 mine = [warp + p for p in range(0, pages, WARPS)]
-                slabs = [_slab(tables, item.seq, kv_head, t * tile, N, config.tile, p) for p in mine]
-                for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
-                    pl.when(nth >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
-                    for p, slab in zip(mine, slabs, strict=True):
-                        rows = pl.ds(p * size, size)
-                        plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[slot, rows], ready.at[slot])
+                blocks = [_block(tables, item.seq, t * tile, N, p) for p in mine]
+                row = lax.rem(t * tile, jnp.int32(N)) if config.tile < N else 0
+                for which in range(2):
+                    pl.when(nth >= stages)(partial(plgpu.barrier_wait, free[which].at[slot]))
+                    target = inboxes[which].at[(slot, 1) if scales else slot]
+                    for p, block in zip(mine, blocks, strict=True):
+                        slab = cache[which].at[block, kv_head, pl.ds(row, size)]
+                        plgpu.copy_gmem_to_smem(slab, target.at[pl.ds(p * size, size)], copied[which].at[slot])
+                        if scales:
+                            place = scales[which].at[slot, p]
+                            run = cache[2 + which].at[pl.ds((block * K + kv_head) * N + row, place.shape[0])]
+                            plgpu.copy_gmem_to_smem(run, place, copied[which].at[slot])
 
             pl.when(warp < pages)(lambda: lax.fori_loop(item.begin, item.end, step, None))
 
         plgpu.warp_map(lambda warp: for_each_item(partial(fetch, warp)))
 
+    if not scales:
+        return
 
-def _slab(tables, seq, head, token, N, tile, p):
-    """Where the p-th page of the tile at `token` lies; behind the table's end, its last entry."""
-    tile_of_page = () if tile >= N else (pl.ds(lax.rem(token, jnp.int32(N)), tile),)
+    @pl.when(me == COMPUTE + 1)
+    def widen():
+        plgpu.set_max_registers(registers[2], action="decrease")
+
+        def visit(_, item, done):
+            def step(t, _):
+                slot = lax.rem(done + t - item.begin, stages)
+                for which in range(2):
+                    plgpu.barrier_wait(copied[which].at[slot])
+                    widen_tile(inboxes[which].at[slot, 1], rings[which].at[slot])
+                    plgpu.barrier_arrive(ready[which].at[slot])
+
+            lax.fori_loop(item.begin, item.end, step, None)
+
+        for_each_item(visit)
+
+
+def _block(tables, seq, token, N, p):
+    """The block of the p-th page of the tile at `token`; behind the table's end, its last entry."""
     index = lax.div(token, jnp.int32(N)) + p
-    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)], head, *tile_of_page
+    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)]
 
 
 def _visible(shape, query, cached, window):
@@ -318,7 +378,9 @@ def _visible(shape, query, cached, window):
     return seen if window is None else seen & (behind < window)
 
 
-def _start(D):
-    """Nothing seen: the weighted sum [ROWS, D], the maximum [ROWS] in base 2 and the denominator [ROWS]."""
+def _start(D, width):
+    """Nothing seen: the weighted sum [ROWS, D] in parts of `width` columns, the maximum [ROWS] in base 2 and the
+    denominator [ROWS]. A thread of four warpgroups starts with too few registers for a wgmma of 256 columns."""
     column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    return plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA), column + NOTHING, column
+    part = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+    return [part] * (D // width), column + NOTHING, column

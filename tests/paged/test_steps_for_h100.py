@@ -50,8 +50,6 @@ def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
 
 
 def test_steps_over_eight_bits(tmp_path):
-    """In blocks of the default size for them; prompts have no kernel yet, and the decodes beside them theirs."""
-    config = SHAPE | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
-    found = kernels_of(write_config(tmp_path, **config), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
+    found = kernels_of(write_config(tmp_path, **SHAPE), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
     expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS}
-    assert found == dict.fromkeys(("decode-1", "prompt-512"), expected)
+    assert found == {"decode-1": expected, "prompt-512": expected | {"prefill_attention": LAYERS}}

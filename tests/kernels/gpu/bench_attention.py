@@ -82,17 +82,17 @@ def decode_table():
                 )
 
 
-def time_prefill(lengths, cached=0, *, H, K, D, N=64, dtype=jnp.bfloat16, calls=8, config=None, **options):
+def time_prefill(lengths, cached=0, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=8, config=None, **options):
     new = np.asarray(lengths)
-    tables, (cache,) = paged.pool(jax.random.key(0), cached + new, K=K, D=D, N=N, dtype=dtype)
+    tables, (cache,) = paged.pool(jax.random.key(0), cached + new, K=K, D=D, N=N, dtype=cache_dtype)
     cu_q_lens = jnp.asarray(np.append(0, np.cumsum(new)), jnp.int32)
-    q = jax.random.normal(jax.random.key(1), (-(-int(new.sum()) // 8) * 8, H, D), jnp.float32).astype(dtype)
+    q = jax.random.normal(jax.random.key(1), (-(-int(new.sum()) // 8) * 8, H, D), jnp.bfloat16)
     attend = partial(prefill.prefill_attention, scale=D**-0.5, config=config, **options)
 
     @jax.jit
     def step(q, cache, kv_lens, tables, cu_q_lens, num_seqs):
         for _ in range(calls):
-            q = attend(q, *cache, kv_lens, tables, cu_q_lens, num_seqs)
+            q = attend(q, cache, kv_lens, tables, cu_q_lens, num_seqs)
         return q
 
     args = jnp.asarray(cached + new, jnp.int32), tables, cu_q_lens, jnp.asarray([0, len(new)], jnp.int32)
@@ -134,12 +134,14 @@ def prefill_table(configs=(None,)):
             equal = not cached and not window and min(lengths) == longest >= 256
             dense = f", dense {time_dense(S, longest, **heads) * 1e6:7.1f} us" if equal else ""
             for config in configs:
-                for N in (16, 64):
-                    taken, flops = time_prefill(lengths, cached, N=N, config=config, window=window, **heads)
+                for N, dtype in ((16, "bfloat16"), *((64, dtype) for dtype in CACHES)):
+                    taken, flops = time_prefill(
+                        lengths, cached, N=N, cache_dtype=dtype, config=config, window=window, **heads
+                    )
                     rate = (
                         "" if window else f", {flops / taken / 1e12:5.0f} TFLOP/s, {flops / taken / MATMUL_PEAK:5.1%}"
                     )
-                    which = f"{name:11} {shape:26} blocks of {N:2} {config or ''}"
+                    which = f"{name:11} {shape:26} {dtype:13} blocks of {N:2} {config or ''}"
                     print(f"{which}: {taken * 1e6:7.1f} us{rate}{dense}", flush=True)
 
 

@@ -18,7 +18,6 @@ from kernels_pallas import (
     qkv_attention,
     ragged_paged_attention,
 )
-from kernels_pallas.gpu.decode_eight_bits import decode_eight_bits
 from tests.kernels.gpu.h100 import compile_for, h100
 
 
@@ -28,10 +27,9 @@ def array(shape, dtype=jnp.int32):
 
 def compile_step(
     H, K, D, N, *, T, S, P=33, dtype="bfloat16", cache_dtype=None, sinks=False, decode_only=False, fused=False,
-    norms=False, alone=False, **options,
+    norms=False, **options,
 ):  # fmt: skip
-    """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys; `alone`:
-    the kernel that decodes over eight bits, also where attention does not call it."""
+    """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys."""
     batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
     cache = cache_shape(100, N, K, D, cache_dtype or dtype, backend="mosaic_gpu")
     sinks = array((H,), jnp.float32) if sinks else None
@@ -48,10 +46,6 @@ def compile_step(
     def step(inputs, cache, batch, sinks):
         return function(*inputs, cache, batch, sinks=sinks)
 
-    def decode(inputs, cache, batch, sinks):
-        return decode_eight_bits(inputs[0], cache, batch.kv_lens, batch.block_tables, sinks, scale=options["scale"])
-
-    step = decode if alone else step
     with h100() as sharding:
         return compile_for(sharding, step, inputs, cache, batch, sinks, donate=1)
 

@@ -1,5 +1,7 @@
 """Random paged batches for the kernels' tests and timings: shuffled pools, poison wherever nothing may be read."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,7 @@ def in_float32(cache, tables):
     return tuple(jnp.where(used[:, None, None, None], x, 0).astype(jnp.float32) for x in cache)
 
 
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def expected_decode(q, cache, kv_lens, tables, *, scale, window=None, soft_cap=None, sinks=None):
     """The reference in float32, with true float32 products."""
     options = reference.Options(scale, window, soft_cap, sinks)

@@ -28,6 +28,17 @@ OPTIONS = [
     {"sinks": True},
     {"window": 300, "soft_cap": 50.0, "sinks": True},
 ]
+EIGHT_BITS = [  # shape, options, dtype, the cache's: what differs between shapes, and each option, at least once
+    (SHAPES[0], OPTIONS[0], "bfloat16", "int8"),
+    (SHAPES[0], OPTIONS[5], "bfloat16", "float8_e4m3fn"),
+    (SHAPES[1], OPTIONS[1], "bfloat16", "float8_e4m3fn"),
+    (SHAPES[2], OPTIONS[2], "float16", "int8"),
+    (SHAPES[4], OPTIONS[4], "bfloat16", "float8_e4m3fn"),
+    (SHAPES[5], OPTIONS[0], "float16", "float8_e4m3fn"),
+    (SHAPES[7], OPTIONS[3], "bfloat16", "int8"),
+    ((2, 2, 256, 128), OPTIONS[2], "bfloat16", "int8"),  # blocks larger than a tile
+    ((6, 2, 128, 8), OPTIONS[0], "bfloat16", "float8_e4m3fn"),  # of which the copy engine fetches scales of four
+]
 LENS = [1, 17, 64, 65, 255, 256, 257, 0, 700, 1024, 3000, 12345]
 
 

@@ -1,6 +1,7 @@
 """Prefill and mixed steps on the GPU against the reference in float32, through the public function."""
 
 import dataclasses
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from kernels_pallas import AttentionBatch, ragged_paged_attention
 from kernels_pallas.gpu.prefill import prefill_attention
 from tests.kernels.gpu import paged
-from tests.kernels.gpu.test_decode import OPTIONS, SHAPES
+from tests.kernels.gpu.test_decode import EIGHT_BITS, OPTIONS, SHAPES
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,7 @@ def case(seed, lens, num_decodes, H, K, D, N, dtype, cache_dtype=None, T=None, s
     return (q, k, v, cache, batch), options
 
 
+@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
 def expected(q, k, v, cache, batch, **options):
     cache = paged.in_float32(cache, batch.block_tables)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -54,13 +56,36 @@ def expected(q, k, v, cache, batch, **options):
 def test_agrees_with_the_reference(shape, options, dtype, mixed):
     if dtype == jnp.float16 and shape not in SHAPES[:3]:
         pytest.skip("float16 differs in nothing that depends on these shapes")
+    agrees_with_the_reference(shape, options, dtype, None, mixed)
+
+
+@pytest.mark.parametrize(("shape", "options", "dtype", "cache_dtype"), EIGHT_BITS, ids=str)
+def test_over_eight_bits_agrees_with_the_reference(shape, options, dtype, cache_dtype):
+    agrees_with_the_reference(shape, options, dtype, cache_dtype, mixed=True)
+
+
+def agrees_with_the_reference(shape, options, dtype, cache_dtype, mixed):
     seed = int(np.random.default_rng().integers(1 << 30))
     lens = DECODES + PROMPTS if mixed else PROMPTS
-    args, options = case(seed, lens, len(DECODES) * mixed, *shape, dtype, **options)
+    args, options = case(seed, lens, len(DECODES) * mixed, *shape, dtype, cache_dtype, **options)
     jnp.full((1 << 28,), jnp.nan).block_until_ready()  # what is left unwritten is then NaN
     out, _ = ragged_paged_attention(*args, backend="mosaic_gpu", **options)
     assert paged.error(out, expected(*args, **options)) < 1e-2, seed
     assert not np.asarray(out[sum(new for _, new in lens) :]).any()
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("D", "dtype"), [(64, "bfloat16"), (128, "bfloat16"), (128, "float16"), (256, "bfloat16")])
+def test_numbers_of_eight_bits_are_read_exactly(D, dtype, cache_dtype):
+    """Each of 64 tokens attends to itself alone, so that its result is its value; these are all numbers there are."""
+    numbers = np.arange(256, dtype=np.uint8).view(jnp.dtype(cache_dtype))
+    numbers = numbers[np.isfinite(numbers.astype(np.float32))]
+    values = jnp.asarray(np.resize(numbers, (1, 1, 64, D)))
+    ones = jnp.ones((1, 1, 64), jnp.float32)
+    q = jnp.eye(64, D, dtype=dtype)[:, None]
+    lens = [jnp.asarray(x) for x in ([64], [[0]], [0, 64], [0, 1])]
+    out = prefill_attention(q, (q[None, None, :, 0].astype(cache_dtype), values, ones, ones), *lens, scale=100.0)
+    np.testing.assert_array_equal(np.asarray(out[:, 0], np.float32), values[0, 0].astype(jnp.float32))
 
 
 def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
@@ -81,14 +106,16 @@ def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[-1]], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4]], ids=str)
-def test_result_of_a_token_does_not_depend_on_how_its_prompt_is_cut(shape, options):
+@pytest.mark.parametrize(
+    ("shape", "cache_dtype"), [(SHAPES[0], None), (SHAPES[2], None), (SHAPES[4], None), (SHAPES[0], "int8")], ids=str
+)
+def test_result_of_a_token_does_not_depend_on_how_its_prompt_is_cut(shape, cache_dtype, options):
     """To the last bit, from one chunk to chunks of a few tokens, with another sequence before it or none."""
     length, neighbour = 1000, 5
     rng = np.random.default_rng()
     seed = int(rng.integers(1 << 30))
     lens = [(length, length), (neighbour, neighbour)]
-    (q, _, _, cache, batch), options = case(seed, lens, 0, *shape, jnp.bfloat16, T=length + 8, **options)
+    (q, _, _, cache, batch), options = case(seed, lens, 0, *shape, jnp.bfloat16, cache_dtype, T=length + 8, **options)
     prompt, other = batch.block_tables[0], batch.block_tables[1]
 
     def attend(start, stop, first):
@@ -97,7 +124,7 @@ def test_result_of_a_token_does_not_depend_on_how_its_prompt_is_cut(shape, optio
         kv_lens, tables = jnp.asarray([neighbour, stop]), jnp.stack([other, prompt])
         cu_q_lens = jnp.asarray([0, first, first + stop - start])
         num_seqs = jnp.asarray([0 if first else 1, 2])
-        out = prefill_attention(rows, *cache, kv_lens, tables, cu_q_lens, num_seqs, **options)
+        out = prefill_attention(rows, cache, kv_lens, tables, cu_q_lens, num_seqs, **options)
         return np.asarray(out[first : first + stop - start], np.float32)
 
     whole = attend(0, length, 0)
