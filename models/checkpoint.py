@@ -18,7 +18,7 @@ from models.gguf_reader import GGUFSource
 from models.hub import download
 from models.layers import Dtype
 from models.orbax_checkpoint import OrbaxSource, is_orbax
-from models.params import load_params, random_params
+from models.params import checked_parts, load_params, random_params
 from models.parts import TensorSource
 from models.registry import HEAD, Params, canonical_source, embedding_name
 from models.safetensors_reader import SafetensorsSource
@@ -48,6 +48,11 @@ class Checkpoint:
     def tokenizer(self) -> FastTokenizer | None:
         """The fast tokenizer with its chat template, read on first use; None if it was skipped or there is none."""
         return self._load_tokenizer() if self._load_tokenizer else None
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if the checkpoint has not the tensors of `model`, by their names. Reads none."""
+        if self.source is not None:
+            checked_parts(model, self.source)
 
     def load_params(self, model: nn.Module, dtype: Dtype, *, seed: int = 0, progress: bool = True) -> Params:
         """The parameters of `model` (of `build_model(self.config, ...)`) on the default device.

@@ -37,11 +37,7 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
     shapes = flatten_dict(param_shapes(model)["params"])
     places = {path: where_is(path, shape, model) for path, shape in shapes.items()}
     stored = {path: places[path].stored(shape.shape) for path, shape in shapes.items()}
-    if isinstance(source, OrbaxSource):
-        parts: dict[Path, tuple[Part, ...]] = {path: (Part(".".join(path)),) for path in shapes}
-    else:
-        parts, source = tensor_parts(model.config), canonical_source(source, model.config)
-    _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
+    parts, source = checked_parts(model, source)
 
     def assemble(path: Path) -> np.ndarray:
         return _assemble(source, parts[path], stored[path], jnp.promote_types(dtype, shapes[path].dtype))
@@ -53,6 +49,21 @@ def load_params(model: nn.Module, source: TensorSource, dtype: Dtype, *, progres
             leaves[path] = jax.block_until_ready(place(host, places[path], model.compute.mesh))
             bar.update(host.nbytes)
     return {"params": unflatten_dict(leaves)}
+
+
+def checked_parts(model: nn.Module, source: TensorSource) -> tuple[dict[Path, tuple[Part, ...]], TensorSource]:
+    """What each parameter is made of, and the source that has it under these names; nothing is read.
+
+    Raises:
+      ValueError: a tensor is missing, or has no place in the model.
+    """
+    if isinstance(source, OrbaxSource):
+        paths = flatten_dict(param_shapes(model)["params"])
+        parts: dict[Path, tuple[Part, ...]] = {path: (Part(".".join(path)),) for path in paths}
+    else:
+        parts, source = tensor_parts(model.config), canonical_source(source, model.config)
+    _check_names({p.name for ps in parts.values() for p in ps}, source, tied=model.config.tie_word_embeddings)
+    return parts, source
 
 
 def random_params(model: nn.Module, dtype: Dtype, seed: int = 0) -> Params:

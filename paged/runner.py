@@ -54,7 +54,7 @@ class StepHandle(NamedTuple):
 
 
 class Runner:
-    """params: a model's parameters; or their shapes, of a runner that only lowers programs."""
+    """params: the shapes of a model's parameters, until it is started."""
 
     def __init__(self, model: nn.Module, params: Any, shape: RunnerShape):
         self.model, self.params, self.shape = model, params, shape
@@ -112,6 +112,10 @@ class Runner:
         self._chains = {step: programs[self._in_pool(step, "chain")] for step in s.chained}
         self._admit, self._admit_full = programs[self._in_pool("admit")], programs["admit_full"]
         self._score = programs["score"]
+
+    def start(self, params: Any) -> None:
+        """From now on it can execute."""
+        self.params, self._head = params, head_params(params)
         self.reset_state()
 
     def lowerings(self) -> dict[str, Lowering]:

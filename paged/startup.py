@@ -2,6 +2,7 @@
 
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized, lowering
-from models import Checkpoint, build_model, make_mesh, open_checkpoint
+from models import Checkpoint, build_model, make_mesh, open_checkpoint, param_shapes
 from paged.compiler import Compiler
 from paged.config import EngineConfig, ModelArgs
 from paged.errors import InvalidRequestError
@@ -95,28 +96,34 @@ def build(config: EngineConfig) -> Parts:
     except ValueError as e:
         param = "deterministic" if str(e).startswith("deterministic") else "tensor_parallel_size"
         raise InvalidRequestError(str(e), param=param) from e
-    params = checkpoint.load_params(model, dtype, seed=args.seed)
-    loaded = time.monotonic()
-    try:
-        runner, max_model_len = compiled_runner(config, checkpoint, model, params)
-    except InvalidRequestError:
-        raise
-    except Exception as error:
-        if backend == "reference" or config.runner.attention_backend != "auto" or config.runner.deterministic:
+    checkpoint.check(model)
+    with ThreadPoolExecutor(1) as thread:
+        weights = thread.submit(checkpoint.load_params, model, dtype, seed=args.seed)  # while programs are compiled
+        try:
+            runner, max_model_len = compiled_runner(config, checkpoint, model)
+        except InvalidRequestError:
             raise
-        logger.warning("attention runs through plain XLA, as %s does not compile here: %s", backend, error)
-        backend = "reference"
-        model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend, mesh=mesh)
-        runner, max_model_len = compiled_runner(config, checkpoint, model, params)
+        except Exception as error:
+            if backend == "reference" or config.runner.attention_backend != "auto" or config.runner.deterministic:
+                raise
+            logger.warning("attention runs through plain XLA, as %s does not compile here: %s", backend, error)
+            backend = "reference"
+            model = build_model(checkpoint.config, dtype=dtype, attention_backend=backend, mesh=mesh)
+            runner, max_model_len = compiled_runner(config, checkpoint, model)
+        compiled = time.monotonic()
+        params = weights.result()
+    loaded = time.monotonic()
+    runner.start(params)
     memory = ledger(runner, config.cache)
     logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)
     logger.info("memory: %s", memory)
-    logger.info("ready in %.1f s, %.1f of them for the weights", time.monotonic() - begin, loaded - begin)
+    logger.info("ready in %.1f s, %.1f of them for weights alone", time.monotonic() - begin, loaded - compiled)
     return Parts(checkpoint, runner, make_scheduler(config, runner.shape), max_model_len, memory)
 
 
-def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any, params: Any) -> tuple[Runner, int]:
+def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any) -> tuple[Runner, int]:
     """Sizes the pool and compiles every program; also gives the context length that fits."""
+    params = param_shapes(model)
     shape = runner_shape(config, checkpoint, model.compute.dtype, jax.default_backend())
     store = program_store(config.runner.compilation_cache_dir, model, params, shape)
     try:
