@@ -2,15 +2,15 @@
 
 Decode is bound by memory, so everything here serves one end: keep copies of pages in flight on every SM. A sequence
 is cut into splits (flash decoding), sized by its own length alone, so that its result never depends on the rest of
-the batch. The grid is persistent: each worker takes a run of (sequence, key/value head, split) items, as many tiles as
-any other's; its memory warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its
-compute warpgroup multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other
-rows are computed for nothing and never stored.
+the batch. The grid is persistent: each worker takes (sequence, key/value head, split) items off a list; its memory
+warpgroup copies pages into a ring of tiles, running ahead from one item into the next, and its compute warpgroup
+multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are computed
+for nothing and never stored.
 
-In large batches a worker that has a sequence's first split merges those that follow it as it goes, and writes the
-result if it has all of them; a second kernel merges the rest. Which splits are merged where does not change a bit: they
-are added in one order, and their maxima are rounded to whole numbers, so that what aligns them is a power of two, an
-exact factor.
+In large batches a worker has a run of items, as many tiles as any other's. If it has a sequence's first split, it
+merges those that follow as it goes, and writes the result if it has all of them; a second kernel merges the rest. Which
+splits are merged where does not change a bit: they are added in one order, and their maxima are rounded to whole
+numbers, so that what aligns them is a power of two, an exact factor.
 """
 
 from dataclasses import dataclass
@@ -155,8 +155,11 @@ def decode_attention(
     G = H // K
     config = config or DecodeConfig.of(D)
     tokens, workers = block_tables.shape[1] * N, config.workers * num_sms()
-    work, _, splits = list_work(kv_lens, tokens, window, config)
-    shares = share_work(Cuts.of(kv_lens, tokens, window, config), K, workers)
+    work, count, splits = list_work(kv_lens, tokens, window, config)
+    merging = (
+        3 * workers < S * K
+    )  # else few workers have several splits of a sequence: merging costs more than it saves
+    shares = share_work(Cuts.of(kv_lens, tokens, window, config), K, workers) if merging else count
     max_splits = work.shape[0] // S
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
@@ -165,18 +168,15 @@ def decode_attention(
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
     logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
-    merging = (  # where few workers have several splits of a sequence, to merge as they go costs more than it saves
-        jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
-        jax.ShapeDtypeStruct((S, K), jnp.int32),
-    )
-    found, *merged = plgpu.kernel(
+    whole_sequences = (jax.ShapeDtypeStruct((S, K, stored * D), q.dtype), jax.ShapeDtypeStruct((S, K), jnp.int32))
+    found, *complete = plgpu.kernel(
         partial(_attend, G=G, config=config, logits=logits),
         out_type=(
             (
                 jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
                 *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
             ),
-            *(merging if workers < S * K else ()),
+            *(whole_sequences if merging else ()),
         ),
         grid=(num_sms(),),
         grid_names=("cta",),
@@ -191,7 +191,7 @@ def decode_attention(
         ],
         compiler_params=PARAMS,
     )(work, shares, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables, sinks or ())
-    out = merge_splits(*found, splits, sinks, G, q.dtype, *merged)
+    out = merge_splits(found, splits, sinks, G, q.dtype, complete)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
@@ -201,30 +201,36 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
     warpgroup = lax.axis_index("warpgroup")
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
-    mine, others = shares[worker], shares[worker + 1]
+    if merged:  # a run of items by sequence, head and split
+        begin, end, stride = shares[worker], shares[worker + 1], jnp.int32(1)
+    else:  # every so many of them by sequence, split and head
+        begin, end, stride = worker, shares[0] * K, jnp.int32(config.workers * lax.axis_size("cta"))
+    items = lax.div(end - begin + stride - 1, stride)
     stages = jnp.int32(config.stages)
     base = me * stages
 
-    def read(i):
-        """Sequence, head, split, splits, first token, last + 1, and kv_len."""
-        seq, row_first, _, length, row_split, before, splits, size = (
-            work[lax.div(i, jnp.int32(K)), f] for f in range(8)
-        )
+    def read(n):
+        """Of this worker's item n: sequence, head, split, splits, first token, last + 1, and kv_len."""
+        i = begin + n * stride
+        row = lax.div(i, jnp.int32(K))
+        seq, first, stop, length, split, before, splits, size = (work[row, f] for f in range(FIELDS))
+        if not merged:
+            return seq, lax.rem(i, jnp.int32(K)), split, splits, first, stop, length
         i -= before * K
-        h, split = lax.div(i, splits), lax.rem(i, splits)
-        first = row_first + (split - row_split) * size
-        return seq, h, split, splits, first, jnp.minimum(first + size, length), length
+        h, nth = lax.div(i, splits), lax.rem(i, splits)
+        first += (nth - split) * size
+        return seq, h, nth, splits, first, jnp.minimum(first + size, length), length
 
     @pl.when(warpgroup < config.workers)
     def compute():
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
 
-        def item(i, carry):
+        def item(n, carry):
             step, before = carry
-            seq, h, split, splits, first, stop, length = read(i)
+            seq, h, split, splits, first, stop, length = read(n)
 
-            @pl.when((i == mine) | (split == 0))
+            @pl.when((n == 0) | (split == 0) | (not merged))
             def fetch_queries():
                 if len(q.shape) == 2:  # the queries' rows lie within one tile of 8 and the copy engine can have them
                     fetched = max(G, 8)  # those past G are other heads' or zeros
@@ -265,11 +271,11 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
             now, stored, slot = found, True, split
             if merged:
                 out, count = merged
-                from_first = i - split >= mine  # the splits before this one are ours too
+                from_first = n >= split  # the splits before this one are ours too
                 both = _merge(before, found)
                 now = [jnp.where(from_first & (split > 0), a, b) for a, b in zip(both, found, strict=True)]
                 complete = from_first & (split + 1 == splits)
-                stored = ~from_first | ((i + 1 == others) & ~complete)
+                stored = ~from_first | ((n + 1 == items) & ~complete)
                 slot = jnp.where(from_first, 0, split)
 
                 @pl.when(complete)
@@ -282,20 +288,21 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
 
             @pl.when(stored)
             def store():
-                for ref, value, put in zip(parts, now, (store_rows, store_column, store_column), strict=True):
-                    put(ref.at[seq, h, slot], value, G)
+                store_rows(parts[0].at[seq, h, slot], now[0], G)
+                for ref, value in zip(parts[1:], now[1:], strict=True):
+                    store_column(ref.at[seq, h, slot], value, G)
 
             return step + tiles, now if merged else before
 
-        lax.fori_loop(mine, others, item, (jnp.int32(0), list(_empty(D)) if merged else []))
+        lax.fori_loop(0, items, item, (jnp.int32(0), list(_empty(D)) if merged else []))
 
     @pl.when(warpgroup >= config.workers)
     def copy():
         if config.workers > 1:
             plgpu.set_max_registers(40, action="decrease")
 
-        def item(i, step):
-            seq, h, _, _, first, stop, _ = read(i)
+        def item(n, step):
+            seq, h, _, _, first, stop, _ = read(n)
             tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
             def tile(t, _):
@@ -313,7 +320,7 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
             lax.fori_loop(0, tiles, tile, None)
             return step + tiles
 
-        lax.fori_loop(mine, others, item, jnp.int32(0))
+        lax.fori_loop(0, items, item, jnp.int32(0))
 
 
 def block_at(tables, seq, token, N, p):

@@ -74,7 +74,7 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
     full = plgpu.Barrier(num_arrivals=2 * max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
     logits = partial(logits_of, axis=0, scale=scale, window=window, soft_cap=soft_cap)
-    parts, maxima, totals = plgpu.kernel(
+    found = plgpu.kernel(
         partial(_attend, G=G, config=config, logits=logits),
         out_type=(
             jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
@@ -96,7 +96,7 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
         ],
         compiler_params=PARAMS,
     )(work, count, q, (*cache[:2], *(x.reshape(-1) for x in cache[2:])), block_tables)
-    out = merge_splits(parts, maxima, totals, splits, None if sinks is None else Sinks.of(sinks), G, q.dtype)
+    out = merge_splits(found, splits, None if sinks is None else Sinks.of(sinks), G, q.dtype)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 

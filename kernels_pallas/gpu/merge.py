@@ -34,36 +34,36 @@ def stored_rows(G: int, D: int) -> int:
     return G if G * D % WARPGROUP == 0 else G + 1
 
 
-def merge_splits(parts, maxima, totals, splits, sinks: Sinks | None, G: int, dtype, out=None, merged=None) -> jax.Array:
+def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype, complete=()) -> jax.Array:
     """One online softmax over what the splits of each sequence found.
 
     Args:
-      parts: float32[S, K, M, R * D], each split's weighted sum of values, not normalised. R is stored_rows.
-      maxima, totals: float32[S, K, M, R], each split's maximum, in base 2, and denominator.
+      found: float32[S, K, M, R * D], each split's weighted sum of values, not normalised, where R is stored_rows;
+        float32[S, K, M, R] twice, its maximum, in base 2, and denominator.
       splits: int32[S], how many of the M a sequence has.
-      out, merged: dtype[S, K, R * D] and int32[S, K], how many splits, from the first on, part 0 already is; where
-        these are all, `out` is the result. None: part 0 is the first split.
+      complete: dtype[S, K, R * D] and int32[S, K], how many splits, from the first on, part 0 already is; where these
+        are all, the former is the result. Empty: part 0 is the first split.
 
     Returns:
       dtype[S, K, R * D], zeros where there are no splits.
     """
-    S, K, _, size = parts.shape
-    some = () if merged is None else (merged,)
+    out, *merged = complete or (None,)
+    S, K, _, size = found[0].shape
     in_place = () if out is None else (jax.new_ref(out),)
     made = plgpu.kernel(
-        partial(_merge, G=G, R=totals.shape[-1]),
+        partial(_merge, G=G, R=found[1].shape[-1]),
         out_type=() if in_place else jax.ShapeDtypeStruct((S, K, size), dtype),
         grid=(S, K),
         grid_names=("sequence", "head"),
         kernel_name="decode_attention_merge",
         compiler_params=PARAMS,
-    )(parts, maxima, totals, splits, sinks or (), some, *in_place)
+    )(found, splits, sinks or (), merged, *in_place)
     return jax.freeze(in_place[0]) if in_place else made
 
 
-def _merge(parts, maxima, totals, splits, sinks, merged, out, *, G, R):
+def _merge(found, splits, sinks, merged, out, *, G, R):
     seq, head = lax.axis_index("sequence"), lax.axis_index("head")
-    parts, maxima, totals = (ref.at[seq, head] for ref in (parts, maxima, totals))
+    parts, maxima, totals = (ref.at[seq, head] for ref in found)
     splits = splits[seq]
     merged, may_be_complete = (merged[0][seq, head], True) if merged else (1, False)
     size = parts.shape[1]

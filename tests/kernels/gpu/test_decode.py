@@ -70,14 +70,14 @@ def test_agrees_with_the_reference(shape, options, dtype):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_large_batches_are_merged_as_they_go(options):
     """Small ones are not, see decode.py."""
-    q, cache, kv_lens, tables, options = case(5, 24, 12, 64, 16, jnp.bfloat16, lens=LENS * 2, **options)
+    q, cache, kv_lens, tables, options = case(5, 24, 12, 64, 16, jnp.bfloat16, lens=LENS * 6, **options)
     out = decode_attention(q, *cache, kv_lens, tables, **options)
     assert paged.error(out, paged.expected_decode(q, cache, kv_lens, tables, **options)) < 1e-2
 
 
 def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
     """In a batch whose splits are merged on the way, and alone, where they are not."""
-    q, cache, kv_lens, tables, options = case(3, *SHAPES[0], jnp.bfloat16, lens=LENS * 3, sinks=True)
+    q, cache, kv_lens, tables, options = case(3, *SHAPES[0], jnp.bfloat16, lens=LENS * 9, sinks=True)
     together = decode_attention(q, *cache, kv_lens, tables, **options)
     for s in range(len(LENS)):
         alone = decode_attention(q[s : s + 1], *cache, kv_lens[s : s + 1], tables[s : s + 1], **options)
