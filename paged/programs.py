@@ -38,11 +38,26 @@ class StepRows(NamedTuple):
     hidden: jax.Array  # [S, E]
     packed: jax.Array  # int32[3, S], SampledRows
 
+    def padded(self, count: int, scratch: int) -> "StepRows":
+        """With rows of the slot `scratch` up to `count`."""
+        if (S := len(self.hidden)) == count:
+            return self
+        packed = jnp.zeros((3, count), jnp.int32).at[0].set(scratch).at[:, :S].set(self.packed)
+        return StepRows(jnp.pad(self.hidden, ((0, count - S), (0, 0))), packed)
+
 
 def forward_program(
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, *arrays: Any
+) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
+    """`layers`, and as many rows as are sampled from after such a step."""
+    written, rows = layers(model, sizes, shape, params, *arrays)
+    return written, rows.padded(sizes.sampled_rows(shape), scratch=sizes.max_num_seqs)
+
+
+def layers(
     model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, last_tokens, packed
 ) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
-    """The layers. packed: int32[shape.packed_size]; the others as in DeviceState, whose first three it writes."""
+    """A step's layers. packed: int32[shape.packed_size]; the others as in DeviceState, whose first three it writes."""
     inputs = shape.split(packed)
     kv_lens, scratch = inputs.kv_lens, sizes.max_num_seqs
     grows = inputs.new_blocks > 0
@@ -108,9 +123,7 @@ def chain_program(
 
     def step(i, carry):
         (caches, block_tables, hidden, last_tokens, sampling), tokens = carry
-        written, rows = forward_program(
-            model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i]
-        )
+        written, rows = layers(model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i])
         chosen, output = sample_program(model, sizes, "random", head, last_tokens, sampling, rows)
         return DeviceState(*written, *chosen), tokens.at[i].set(output.tokens)
 

@@ -119,11 +119,17 @@ class Runner:
         self.reset_state()
 
     def lowerings(self) -> dict[str, Lowering]:
-        """Of every program, by name; those that take longest to compile come first."""
+        """Of every program, by name; those that take long to compile come first, and those of which many compile well
+        side by side last."""
         s = self.shape
         chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
         small = {self._in_pool("admit"): self._lower_admit, "admit_full": self._lower_admit_full}
-        return self.sampling_lowerings(s.samplings) | chains | self.forward_lowerings(s.steps) | small
+        forwards = self.forward_lowerings(s.steps[::-1])
+        return self.cheap_lowerings() | chains | forwards | small | self.sampling_lowerings(s.samplings)
+
+    def cheap_lowerings(self) -> dict[str, Lowering]:
+        """Of sampling programs but the "full" ones."""
+        return self.sampling_lowerings([key for key in self.shape.samplings if key[1] != "full"])
 
     def forward_lowerings(self, steps: Sequence[StepShape]) -> dict[str, Lowering]:
         return {self.forward_name(step): partial(self.lower_forward, step) for step in steps}
@@ -205,7 +211,10 @@ class Runner:
 
     def _execute(self, step: PackedStep) -> StepHandle:
         self._write_slots(step.plan.admitted)
-        forward, sampling = self._forwards[step.shape], self._samplings[step.shape.S, step.variant]
+        forward, sampling = (
+            self._forwards[step.shape],
+            self._samplings[self.shape.sampled_rows(step.shape), step.variant],
+        )
         written, rows = forward(self.params, *self.state[:4], self._send(step.packed))
         chosen, sampled = sampling(self._head, *self.state[3:], rows)
         self.state = DeviceState(*written, *chosen)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from paged.packing import StepShape
+from paged.packing import StepShape, at_least
 from paged.sampler import Variant
 
 LARGEST_CHAINED = 32  # sequences: with more, a step takes longer than its call
@@ -20,6 +20,7 @@ class RunnerShape:
     vocab_size: int
     max_logprobs: int
     decode_sizes: tuple[int, ...]  # buckets of S; the last is max_num_seqs
+    sampling_sizes: tuple[int, ...]  # buckets of rows that are sampled from; the last is max_num_seqs
     prompt_sizes: tuple[int, ...]  # buckets of T
     variants: tuple[Variant, ...]  # of the sampler, the cheapest first and "full" last
     cache_dtype: Any
@@ -35,15 +36,19 @@ class RunnerShape:
         """The largest decode step and the largest prompt step: no other needs more memory."""
         return [self.steps[len(self.decode_sizes) - 1], self.steps[-1]]
 
+    def sampled_rows(self, step: StepShape) -> int:
+        """Rows that are sampled from after a step: S, and some of padding."""
+        return at_least(self.sampling_sizes, step.S)
+
     @property
     def samplings(self) -> list[tuple[int, Variant]]:
-        """The rows and the variant of each sampling program, the dearest first: it also takes longest to compile."""
-        return [(S, variant) for variant in reversed(self.variants) for S in reversed(self.decode_sizes)]
+        """The rows and the variant of each sampling program."""
+        return [(S, variant) for S in self.sampling_sizes for variant in self.variants]
 
     @property
     def largest_sampling(self) -> tuple[int, Variant]:
         """It needs the most memory."""
-        return self.samplings[0]
+        return self.samplings[-1]
 
     @property
     def chained(self) -> list[StepShape]:

@@ -31,6 +31,7 @@ class MachineDefaults(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     decode_sizes: tuple[int, ...]  # buckets of S, as far as max_num_seqs goes
+    sampling_sizes: tuple[int, ...]  # of rows that are sampled from, likewise
     smallest_prompt: int  # bucket of T
     growth: int  # from a bucket of T to the next
     variants: tuple[Variant, ...]
@@ -40,13 +41,15 @@ class MachineDefaults(NamedTuple):
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
-# saves a dozen programs for a few percent of a step. Hopper's tensor cores take 8 rows in the time of 2.
+# saves a dozen programs for a few percent of a step. Hopper's tensor cores take 8 rows in the time of 2, and a head
+# is read once for 1 row or 8, for 16 or 32.
 ON_CPU, ON_TPU = (1, 4, 16, 64, 256, 1024), (16, 64, 256, 1024)
 ON_GPU = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+SAMPLED_ON_GPU = tuple(size for size in ON_GPU if size not in (1, 16))
 DEFAULTS = {
-    "cpu": MachineDefaults(16, 512, ON_CPU, 32, 4, ("full",), 1, 16, 16),
-    "gpu": MachineDefaults(256, 8192, ON_GPU, 256, 2, VARIANTS, 4, 16, 64),
-    "tpu": MachineDefaults(256, 8192, ON_TPU, 512, 4, ("full",), 1, 64, 128),
+    "cpu": MachineDefaults(16, 512, ON_CPU, ON_CPU, 32, 4, ("full",), 1, 16, 16),
+    "gpu": MachineDefaults(256, 8192, ON_GPU, SAMPLED_ON_GPU, 256, 2, VARIANTS, 4, 16, 64),
+    "tpu": MachineDefaults(256, 8192, ON_TPU, ON_TPU, 512, 4, ("full",), 1, 64, 128),
 }
 
 
@@ -185,12 +188,18 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
         max_num_seqs=max_num_seqs,
         vocab_size=checkpoint.config.vocab_size,
         max_logprobs=scheduler.max_logprobs,
-        decode_sizes=(*[size for size in defaults.decode_sizes if size < max_num_seqs], max_num_seqs),
+        decode_sizes=up_to(defaults.decode_sizes, max_num_seqs),
+        sampling_sizes=up_to(defaults.sampling_sizes, max_num_seqs),
         prompt_sizes=buckets(defaults.smallest_prompt, max_tokens, defaults.growth),
         variants=defaults.variants,
         cache_dtype=cache_dtype,
         chain=defaults.chain,
     )
+
+
+def up_to(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    """Those below it, and it."""
+    return (*[size for size in sizes if size < largest], largest)
 
 
 def fit_context(

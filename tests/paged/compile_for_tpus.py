@@ -43,6 +43,7 @@ def runner_of(model: str, topology: str, shards: int, layers: int) -> Runner:
         vocab_size=config.vocab_size,
         max_logprobs=20,
         decode_sizes=(S,),
+        sampling_sizes=(S,),
         prompt_sizes=(T,),
         variants=VARIANTS,
         cache_dtype=jnp.bfloat16,

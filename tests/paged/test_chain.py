@@ -22,9 +22,12 @@ def plain(folder):
 
 
 def chained(folder, **options):
-    """An engine as on a GPU: three variants, up to three steps in a call; and how long its calls were."""
+    """An engine as on a GPU: three variants, up to three steps in a call, one row of a decode sampled from as two; and
+    how long its calls were."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(startup.DEFAULTS, "cpu", startup.DEFAULTS["cpu"]._replace(variants=VARIANTS, chain=3))
+        patch.setitem(
+            startup.DEFAULTS, "cpu", startup.DEFAULTS["cpu"]._replace(variants=VARIANTS, chain=3, sampling_sizes=(2,))
+        )
         engine = make_engine(folder, **options)
     execute, lengths = engine.runner.execute, []
 

@@ -289,8 +289,8 @@ def test_a_full_queue_refuses(folder):
 @pytest.fixture
 def auto_is_hopper(monkeypatch):
     """As if this machine had kernels, none of which compiles."""
-    monkeypatch.setattr("kernels_pallas.gpu.decode.num_sms", lambda: 132)
-    monkeypatch.setattr("kernels_pallas.gpu.prefill.num_sms", lambda: 132)
+    for kernel in ("decode", "prefill", "linear"):
+        monkeypatch.setattr(f"kernels_pallas.gpu.{kernel}.num_sms", lambda: 132)
     resolve = startup.attention_backend
     monkeypatch.setattr(startup, "attention_backend", lambda name: "mosaic_gpu" if name == "auto" else resolve(name))
 
