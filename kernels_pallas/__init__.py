@@ -13,7 +13,15 @@ from kernels_pallas.attention import (
 )
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.head import best_tokens
-from kernels_pallas.linear import ACTIVATIONS, gated_linear, linear, rms_norm
+from kernels_pallas.linear import (
+    ACTIVATIONS,
+    add_rms_norm,
+    gated_linear,
+    linear,
+    linear_parts,
+    rms_norm,
+    sum_parts,
+)
 from kernels_pallas.quantize import is_quantized, quantize, vector_bytes
 from kernels_pallas.rotary import apply_rotary
 
@@ -22,6 +30,7 @@ __all__ = [
     "AttentionBatch",
     "QKNorm",
     "UnsupportedShapeError",
+    "add_rms_norm",
     "apply_rotary",
     "attention_backend",
     "best_tokens",
@@ -31,10 +40,12 @@ __all__ = [
     "is_quantized",
     "latent_cache_shape",
     "linear",
+    "linear_parts",
     "lowering",
     "qkv_attention",
     "quantize",
     "ragged_paged_attention",
     "rms_norm",
+    "sum_parts",
     "vector_bytes",
 ]

@@ -28,12 +28,22 @@ def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, determin
     Raises:
       UnsupportedShapeError: `deterministic`, and there is no kernel for this shape.
     """
-    if _kernel_serves(x, kernel, backend, deterministic):
-        from kernels_pallas.gpu.linear import linear_parts
+    parts = linear_parts(x, kernel, out_dtype=out_dtype, backend=backend, deterministic=deterministic)
+    return sum_parts(parts, out_dtype)
 
-        parts = linear_parts(x, kernel, out_dtype=out_dtype)
-        return sum(parts[1:], start=parts[0]).astype(out_dtype)  # in this order, and where it can fuse
-    return through_xla(x, kernel, out_dtype)
+
+def linear_parts(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False) -> jax.Array:
+    """What `linear` adds up: one part of out_dtype, or several of float32, [parts, T, out]."""
+    if _kernel_serves(x, kernel, backend, deterministic):
+        from kernels_pallas.gpu import linear
+
+        return linear.linear_parts(x, kernel, out_dtype=out_dtype)
+    return through_xla(x, kernel, out_dtype)[None]
+
+
+def sum_parts(parts: jax.Array, dtype) -> jax.Array:
+    """[parts, T, F] -> [T, F] of dtype, added in their order."""
+    return sum(parts[1:], start=parts[0]).astype(dtype)
 
 
 def gated_linear(
@@ -58,6 +68,25 @@ def rms_norm(
 
         return norm.rms_norm(x, weight, epsilon, offset)
     return rms_norm_through_xla(x, weight, epsilon, offset)
+
+
+def add_rms_norm(
+    x: jax.Array,
+    parts: jax.Array,
+    weight: jax.Array,
+    epsilon: float,
+    offset: float = 0.0,
+    *,
+    backend: str,
+    deterministic: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """x [T, E] + the sum of parts [any, T, E], which is rounded to x's dtype first; and the `rms_norm` of that."""
+    if backend == "mosaic_gpu" and x.dtype.itemsize == 2:
+        from kernels_pallas.gpu import norm
+
+        return norm.add_rms_norm(x, parts, weight, epsilon, offset)
+    x = x + sum_parts(parts, x.dtype)
+    return x, rms_norm(x, weight, epsilon, offset, deterministic=deterministic)
 
 
 def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str | None = None) -> bool:

@@ -31,7 +31,7 @@ from models.config_fields import (
 from models.experts_config import ExpertsConfig
 from models.latent_config import LatentConfig
 from models.latent_tensors import LatentTensors
-from models.layers import Compute, Dtype, Linear, RMSNorm
+from models.layers import AddNorm, Compute, Dtype, Linear, RMSNorm, Stream
 from models.mixtral import expert_parts
 from models.moe import SparseFeedForward
 from models.parts import Part, Path, TensorSource
@@ -64,6 +64,7 @@ class LatentAttention(nn.Module):
     def __call__(
         self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[jax.Array, llama.Cache]:
+        """x [T, E] -> parts [any, T, E] of the result, and the cache."""
         c, latent = self.config, self.config.latent
         assert latent is not None and c.attention_scale is not None
         H, query_rank = c.num_heads, latent.query_rank or 0
@@ -84,7 +85,7 @@ class LatentAttention(nn.Module):
             backend=self.compute.attention_backend,
         )
         out = HeadLinear(H, latent.value_dim, self.compute, name="value")(out[..., : latent.rank])
-        return Linear(c.hidden_size, self.compute, name="out")(out.reshape(len(x), -1)), cache
+        return Linear(c.hidden_size, self.compute, name="out").parts(out.reshape(len(x), -1)), cache
 
 
 class DecoderLayer(nn.Module):
@@ -94,17 +95,16 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
-    ) -> tuple[jax.Array, llama.Cache]:
+        self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    ) -> tuple[Stream, llama.Cache]:
         c = self.config
-        attention = LatentAttention(c, self.compute, name="attention")
-        y, cache = attention(RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(x), rotary, cache, batch)
-        x = x + y
-        y = RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x)
+        x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
+        parts, cache = LatentAttention(c, self.compute, name="attention")(y, rotary, cache, batch)
+        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
         if not self.sparse:
-            return x + llama.FeedForward(c, self.compute, name="mlp")(y), cache
+            return (x, llama.FeedForward(c, self.compute, name="mlp")(y)), cache
         x = x + SparseFeedForward(c, self.compute, name="mlp")(y, batch)
-        return x + llama.FeedForward(_shared(c), self.compute, name="shared")(y), cache
+        return (x, llama.FeedForward(_shared(c), self.compute, name="shared")(y)), cache
 
 
 def _shared(config: ModelConfig) -> ModelConfig:

@@ -7,14 +7,13 @@ What sets them apart from Llama: windows in most layers, norms before and after 
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch
+from kernels_pallas import AttentionBatch, sum_parts
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
@@ -26,13 +25,12 @@ from models.config_fields import (
     required,
     rope,
 )
-from models.layers import Compute, RMSNorm, rotary_tables
+from models.layers import AddNorm, Compute, RMSNorm, Stream, begin_stream, rotary_tables
 from models.parts import Part, Path, TensorSource
 from models.renamed_tensors import RenamedTensors
 
 Cache = Any
 Rotary = tuple[jax.Array, jax.Array]
-Norm = partial(RMSNorm, offset=1.0)
 OTHER_NORMS = ("attention_norm", "mlp_norm")  # Llama's
 MULTIMODAL = "Gemma3ForConditionalGeneration"
 OF_IMAGES = ("vision_tower.", "multi_modal_projector.")
@@ -49,14 +47,16 @@ class DecoderLayer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+    def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
         c = self.config
-        norms = [Norm(c.rms_norm_eps, self.compute, name=name) for name in NORMS]
-        attention = Attention(c, self.window, self.compute, name="attention")
-        y, cache = attention(norms[0](x), rotary, cache, batch)
-        x = x + norms[1](y)
-        y = llama.FeedForward(c, self.compute, name="mlp")(norms[2](x))
-        return x + norms[3](y), cache
+        norms = {"epsilon": c.rms_norm_eps, "compute": self.compute, "offset": 1.0}
+        x, y = AddNorm(**norms, name=NORMS[0])(*stream)
+        parts, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
+        y = RMSNorm(**norms, name=NORMS[1])(sum_parts(parts, x.dtype))
+        x, y = AddNorm(**norms, name=NORMS[2])(x, y[None])
+        parts = llama.FeedForward(c, self.compute, name="mlp")(y)
+        y = RMSNorm(**norms, name=NORMS[3])(sum_parts(parts, x.dtype))
+        return (x, y[None]), cache
 
 
 class Gemma(llama.Llama):
@@ -70,15 +70,15 @@ class Gemma(llama.Llama):
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """int32[T] tokens and positions -> hidden states [T, E] after the final norm, and the caches."""
         c = self.config
-        x = self.embed(tokens) * jnp.asarray(c.hidden_size**0.5, self.compute.dtype)
+        stream = begin_stream(self.embed(tokens) * jnp.asarray(c.hidden_size**0.5, self.compute.dtype))
         everywhere = nearby = rotary_tables(positions, c)
         if c.local_rope_theta is not None:
             nearby = rotary_tables(positions, replace(c, rope_theta=c.local_rope_theta, rope_scaling=None))
         written = []
         for layer, window, cache in zip(self.layers, c.sliding_windows, caches, strict=True):
-            x, cache = layer(x, everywhere if window is None else nearby, cache, batch)
+            stream, cache = layer(stream, everywhere if window is None else nearby, cache, batch)
             written.append(cache)
-        hidden = self.norm(x)
+        _, hidden = self.norm(*stream)
         if self.is_initializing():
             self.logits(hidden)
         return hidden, tuple(written)

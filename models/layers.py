@@ -11,11 +11,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas import ACTIVATIONS, gated_linear, linear, rms_norm
+from kernels_pallas import ACTIVATIONS, add_rms_norm, gated_linear, linear, linear_parts, rms_norm, sum_parts
 from models.config import Activation, ModelConfig, RopeScaling
 from models.sharding import unfuse
 
 Dtype = jnp.dtype | type
+Stream = tuple[jax.Array, jax.Array]  # x [T, E] and parts [any, T, E] that are still to be added to it
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,19 @@ class Linear(nn.Module):
     use_bias: bool = False
     out_dtype: Dtype | None = None
 
-    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        return sum_parts(self.parts(x), self.out_dtype or self.compute.dtype)
+
+    @nn.compact
+    def parts(self, x: jax.Array) -> jax.Array:
+        """What the result is the sum of, for who adds it to something: [parts, T, out]."""
         dtype = self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
-        y = linear(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
+        parts = linear_parts(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        return y
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
+            return (sum_parts(parts, self.out_dtype or dtype) + bias)[None]
+        return parts
 
 
 class GatedLinear(nn.Module):
@@ -126,6 +132,19 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.epsilon, self.offset, deterministic=self.compute.deterministic)
 
 
+class AddNorm(nn.Module):
+    """x [T, E] and parts [any, T, E] -> their sum, and the RMSNorm of that, [T, E] both."""
+
+    epsilon: float
+    compute: Compute
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.dtype)
+        return add_rms_norm(x, parts, scale, self.epsilon, self.offset, **self.compute.kernels)
+
+
 class NormScale(nn.Module):
     """The weight of an RMSNorm that an operation applies on its way: [features]."""
 
@@ -151,6 +170,11 @@ class LayerNorm(nn.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         return (y * scale + bias).astype(self.dtype)
+
+
+def begin_stream(x: jax.Array) -> Stream:
+    """x [T, E] as something to be added to nothing, for layers that begin with adding."""
+    return jnp.zeros_like(x), x[None]
 
 
 def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:

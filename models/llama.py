@@ -22,7 +22,18 @@ from models.config_fields import (
     required,
     same_windows,
 )
-from models.layers import Compute, Dtype, Embedding, GatedLinear, Linear, NormScale, RMSNorm, rotary_tables
+from models.layers import (
+    AddNorm,
+    Compute,
+    Dtype,
+    Embedding,
+    GatedLinear,
+    Linear,
+    NormScale,
+    Stream,
+    begin_stream,
+    rotary_tables,
+)
 from models.parts import Part, Path
 from models.sharding import attend
 
@@ -39,6 +50,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+        """x [T, E] -> parts [any, T, E] of the result, and the cache."""
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
@@ -54,7 +66,8 @@ class Attention(nn.Module):
             scale=c.attention_scale or D**-0.5, window=self.window, soft_cap=c.attention_soft_cap, sinks=sinks,
             backend=self.compute.attention_backend,
         )  # fmt: skip
-        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
+        out = out.reshape(-1, H * D)
+        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out").parts(out), cache
 
 
 class FeedForward(nn.Module):
@@ -65,9 +78,10 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, E] -> parts [any, T, E] of the result."""
         c, F = self.config, self.config.intermediate_size
         y = GatedLinear(F, c.activation, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
-        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down")(y)
+        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").parts(y)
 
 
 class DecoderLayer(nn.Module):
@@ -76,15 +90,15 @@ class DecoderLayer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+    def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
         c = self.config
-        attention = Attention(c, self.window, self.compute, name="attention")
-        y, cache = attention(RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(x), rotary, cache, batch)
-        x = x + y
-        y = self.feed_forward(RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x), batch)
-        return x + y, cache
+        x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
+        parts, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
+        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
+        return (x, self.feed_forward(y, batch)), cache
 
     def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
+        """x [T, E] -> parts [any, T, E] of the result."""
         return FeedForward(self.config, self.compute, name="mlp")(x)
 
 
@@ -101,7 +115,7 @@ class Llama(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.layers = self.decoder_layers()
-        self.norm = RMSNorm(c.rms_norm_eps, self.compute, self.norm_offset)
+        self.norm = AddNorm(c.rms_norm_eps, self.compute, self.norm_offset)
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
@@ -122,13 +136,13 @@ class Llama(nn.Module):
         Returns:
           hidden states [T, E] after the final norm, and the caches.
         """
-        x = self.embed(tokens)
+        stream = begin_stream(self.embed(tokens))
         rotary = rotary_tables(positions, self.config)
         written = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, rotary, cache, batch)
+            stream, cache = layer(stream, rotary, cache, batch)
             written.append(cache)
-        hidden = self.norm(x)
+        _, hidden = self.norm(*stream)
         if self.is_initializing():
             self.logits(hidden)
         return hidden, tuple(written)

@@ -18,7 +18,7 @@ from models.parts import Part, Path, TensorSource
 
 class SparseDecoderLayer(llama.DecoderLayer):
     def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
-        return SparseFeedForward(self.config, self.compute, name="mlp")(x, batch)
+        return SparseFeedForward(self.config, self.compute, name="mlp")(x, batch)[None]
 
 
 class Mixtral(llama.Llama):

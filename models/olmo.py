@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention, rms_norm
+from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention, rms_norm, sum_parts
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, same_windows
-from models.layers import Compute, Linear, NormScale, RMSNorm
+from models.layers import Compute, Linear, NormScale, RMSNorm, Stream
 from models.parts import Part, Path
 from models.sharding import attend, unfuse
 
@@ -49,13 +49,14 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
-    ) -> tuple[jax.Array, llama.Cache]:
-        c = self.config
+        self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    ) -> tuple[Stream, llama.Cache]:
+        c, (x, parts) = self.config, stream
+        x = x + sum_parts(parts, x.dtype)
         y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
         x = x + RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(y)
-        y = llama.FeedForward(c, self.compute, name="mlp")(x)
-        return x + RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y), cache
+        y = sum_parts(llama.FeedForward(c, self.compute, name="mlp")(x), x.dtype)
+        return (x, RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y)[None]), cache
 
 
 class Olmo2(llama.Llama):

@@ -82,7 +82,7 @@ def layers(
     x, caches = model.apply(params, tokens, positions, caches, batch)
     if not shape.decode_only:
         hidden = lax.dynamic_update_slice(hidden, x, (0, 0))
-        x = x[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
+        x = hidden[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
     return (caches, block_tables, hidden), StepRows(x, shape.sampled_rows(packed))
 
 

@@ -18,7 +18,7 @@ DECODE = {"rotate_and_write": LAYERS, "decode_attention": LAYERS, "decode_attent
 LINEAR = {"linear": 4 * LAYERS}  # qkv, out, gate and up, down
 HEAD = {"head": 1}  # and the sampler
 UNIFORM_HEAD = {"linear": 1}
-NORMS = {"rms_norm": 2 * LAYERS + 1}
+NORMS = {"add_rms_norm": 2 * LAYERS + 1}
 UNIFORM = {"rotate_and_write": LAYERS, "prefill_attention": LAYERS, "linear": 4 * LAYERS} | NORMS
 
 
@@ -34,9 +34,9 @@ def test_steps(tmp_path):
     """One row of a product is faster as a sum in XLA, and so are products of many."""
     programs = ("decode-1", "decode-64", "prompt-512", "sample-1", "sample-64")
     assert kernels_of(write_config(tmp_path, **SHAPE), {}, *programs) == {
-        "decode-1": DECODE,
-        "decode-64": DECODE | LINEAR,
-        "prompt-512": DECODE | {"prefill_attention": LAYERS},
+        "decode-1": DECODE | NORMS,
+        "decode-64": DECODE | NORMS | LINEAR,
+        "prompt-512": DECODE | NORMS | {"prefill_attention": LAYERS},
         "sample-1": HEAD,
         "sample-64": HEAD,
     }
@@ -51,5 +51,5 @@ def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
 
 def test_steps_over_eight_bits(tmp_path):
     found = kernels_of(write_config(tmp_path, **SHAPE), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
-    expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS}
+    expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS} | NORMS
     assert found == {"decode-1": expected, "prompt-512": expected | {"prefill_attention": LAYERS}}

@@ -12,6 +12,7 @@ from kernels_pallas import (
     ACTIVATIONS,
     AttentionBatch,
     QKNorm,
+    add_rms_norm,
     best_tokens,
     cache_shape,
     grouped_matmul,
@@ -57,6 +58,14 @@ def compile_experts(X, M, F, C, dtype="bfloat16", activation=None):
         return compile_for(sharding, function, array((M, C), dtype), array((X, F, C), dtype), array((X,)))
 
 
+def compile_add_norm(M, E, parts, dtype="bfloat16"):
+    """M rows of E, to which so many parts are added."""
+    function = partial(add_rms_norm, epsilon=1e-6, backend="mosaic_gpu")
+    added = array((parts, M, E), jnp.float32 if parts > 1 else dtype)
+    with h100() as sharding:
+        return compile_for(sharding, function, array((M, E), dtype), added, array((E,), dtype))
+
+
 def compile_head(M, V, C, dtype="bfloat16", greedy=False):
     """A token for each of M rows from V logits."""
     drawn = () if greedy else (array((M, 2), jnp.uint32), array((M,), jnp.float32))
@@ -67,7 +76,8 @@ def compile_head(M, V, C, dtype="bfloat16", greedy=False):
 
 if __name__ == "__main__":
     case = json.loads(sys.argv[1])
-    compile_case = compile_experts if "X" in case else compile_head if "V" in case else compile_step
+    by_key = {"X": compile_experts, "V": compile_head, "parts": compile_add_norm}
+    compile_case = next((f for key, f in by_key.items() if key in case), compile_step)
     compiled = compile_case(**case)
     names = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
     print(json.dumps({"kernels": sorted(set(names)), "temporary": compiled.memory_analysis().temp_size_in_bytes}))

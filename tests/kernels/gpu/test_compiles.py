@@ -43,6 +43,12 @@ HEADS = [  # of Qwen3-0.6B, for few rows and many, of Llama 3.1 and of SmolLM2
     {"M": 700, "V": 49152, "C": 576, "dtype": "float16"},
 ]
 
+NORMS = [  # of more parts than there ever are; of gpt-oss, whose rows are not a multiple of 1,024; the longest rows
+    {"M": 64, "E": 4096, "parts": 8},
+    {"M": 1, "E": 2880, "parts": 1, "dtype": "float16"},
+    {"M": 256, "E": 16384, "parts": 1},
+]
+
 
 def compiles(case, expected=None):
     command = [sys.executable, "-m", "tests.kernels.gpu.compile_for_h100", json.dumps(case)]
@@ -73,6 +79,13 @@ def test_experts_compile(case):
 )
 def test_heads_compile(case):
     compiles(case, ["head"])
+
+
+@pytest.mark.parametrize(
+    "case", NORMS[:1] + [pytest.param(case, marks=pytest.mark.slow) for case in NORMS[1:]], ids=str
+)
+def test_norms_compile(case):
+    compiles(case, ["add_rms_norm"])
 
 
 @pytest.mark.slow

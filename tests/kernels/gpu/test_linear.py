@@ -66,3 +66,30 @@ def test_norms(features, offset):
         assert difference(y, expected[:rows]) < 4e-3
         whole = y if whole is None else whole
         assert (y == whole[:rows]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize(
+    ("features", "count"), [(60, 3), (64, 2), (576, 7), (896, 4), (1024, 4), (1024, 1), (2880, 1), (4096, 1), (8192, 8)]
+)
+def test_sums_and_their_norms(features, count, dtype):
+    """Sums are rounded where it says, so they are exact; a row that is not a number spoils no other."""
+    rows = 256
+    x, weight = random(rows, features, dtype=dtype) * 3, random(features, dtype=dtype)
+    parts = random(count, rows, features, dtype=dtype if count == 1 else jnp.float32)
+    parts = parts.at[-1, 33, features - 1].set(jnp.nan)
+    added = np.asarray(parts[0], np.float32)
+    for part in parts[1:]:
+        added = added + np.asarray(part)
+    expected = np.asarray(x, np.float32) + np.asarray(jnp.asarray(added).astype(dtype), np.float32)
+    expected = np.asarray(jnp.asarray(expected).astype(dtype), np.float32)
+    normed = np.asarray(rms_norm(jnp.asarray(expected), weight.astype(jnp.float32), 1e-6, 1.0))
+    right, whole = np.arange(rows) != 33, None
+    for rows in (256, 40, 1):
+        total, y = norm.add_rms_norm(x[:rows], parts[:, :rows], weight, 1e-6, 1.0)
+        total, y = np.asarray(total, np.float32), np.asarray(y, np.float32)
+        assert np.array_equal(total, expected[:rows], equal_nan=True)
+        assert difference(y[right[:rows]], normed[:rows][right[:rows]]) < 4e-3
+        assert np.isnan(y[~right[:rows]]).all()
+        whole = y if whole is None else whole
+        assert np.array_equal(y, whole[:rows], equal_nan=True)
