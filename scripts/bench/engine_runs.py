@@ -1,5 +1,6 @@
 """Driving the engine without a server: whole workloads, and steps under the clock."""
 
+import gc
 import itertools
 import logging
 import sys
@@ -61,6 +62,7 @@ class Bench:
         except (ValueError, OSError) as e:
             raise InvalidRequestError(f"the engine could not be loaded: {e}") from e
         self.start_seconds = time.perf_counter() - begin
+        gc.freeze()  # as a server does
         runner, model_config = self.engine.runner, self.engine.checkpoint.config
         shape = runner.shape
         self.cost = Cost.of(model_config, runner.params, shape.cache_dtype, runner.model.compute.shards)
