@@ -78,7 +78,7 @@ class RunnerArgs:
 
     attention_backend: Literal["auto", "reference", "mosaic_gpu", "mosaic_tpu"] = option("auto", "auto: by device")
     tensor_parallel_size: int = option(1, "devices of this machine that share each layer")
-    deterministic: bool = option(False, "experimental: the same tokens in any company (Hopper)")
+    deterministic: bool = option(False, "the same tokens in any company (Hopper)")
     compilation_cache_dir: str | None = option("~/.cache/paged/programs", "compiled programs; empty: not kept")
 
     def __post_init__(self) -> None:

@@ -53,8 +53,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("rows", "sizes", "features", "columns"), CASES, ids=lambda x: "" if isinstance(x, list) else x
 )
-@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [(None, jnp.bfloat16), ("silu", jnp.bfloat16), ("gelu_tanh", jnp.float16)], ids=str
+)
 def test_agrees_with_float32(rows, sizes, features, columns, activation, dtype):
     """Whatever lies behind the last group, and in the matrices of groups without rows."""
     used, sizes = sum(sizes), jnp.asarray(sizes, jnp.int32)
