@@ -1,7 +1,6 @@
 """Prefill and mixed steps on the GPU against the reference in float32, through the public function."""
 
 import dataclasses
-from functools import partial
 from itertools import pairwise
 
 import jax
@@ -41,7 +40,7 @@ def case(seed, lens, num_decodes, H, K, D, N, dtype, cache_dtype=None, T=None, s
     return (q, k, v, cache, batch), options
 
 
-@partial(jax.jit, static_argnames=("scale", "window", "soft_cap"))
+@paged.oracle
 def expected(q, k, v, cache, batch, **options):
     cache = paged.in_float32(cache, batch.block_tables)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
