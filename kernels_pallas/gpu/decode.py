@@ -156,9 +156,8 @@ def decode_attention(
     config = config or DecodeConfig.of(D)
     tokens, workers = block_tables.shape[1] * N, config.workers * num_sms()
     work, count, splits = list_work(kv_lens, tokens, window, config)
-    merging = (
-        3 * workers < S * K
-    )  # else few workers have several splits of a sequence: merging costs more than it saves
+    # With fewer, few workers have several splits of a sequence, and merging costs more than it saves.
+    merging = 3 * workers < 2 * S * K
     shares = share_work(Cuts.of(kv_lens, tokens, window, config), K, workers) if merging else count
     max_splits = work.shape[0] // S
     stored = stored_rows(G, D)
