@@ -51,6 +51,7 @@ class Compiler:
     def __init__(self, store: ProgramStore = NO_STORE) -> None:
         self._store = store
         self._programs: dict[str, Future] = {}
+        self._traced: dict[str, jax.stages.Lowered] = {}
         self._compiled = 0
         self._pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
         self._begin = time.monotonic()
@@ -61,6 +62,13 @@ class Compiler:
     def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
+    def trace(self, programs: Mapping[str, Lowering]) -> None:
+        """Traces programs that are started later: until then what is being compiled has the machine to itself."""
+        with without_garbage_collection():
+            for name, lower in programs.items():
+                if name not in self._programs and not self._store.has(name):
+                    self._traced[name] = lower()
+
     def start(self, programs: Mapping[str, Lowering]) -> None:
         """Returns when they are traced, and does not wait for the rest."""
         new = {name: lower for name, lower in programs.items() if name not in self._programs}
@@ -70,7 +78,8 @@ class Compiler:
                 if name in loading and loading[name].result():
                     self._programs[name] = loading[name]
                 else:
-                    self._programs[name] = self._pool.submit(self._compile, name, lower())
+                    lowered = self._traced.pop(name) if name in self._traced else lower()
+                    self._programs[name] = self._pool.submit(self._compile, name, lowered)
                     self._compiled += 1
 
     def get(self, names: Iterable[str]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, comp
     else:
         probe = Probe(model, params, shape)
         compiler.start(probe.lowerings)
-        compiler.start(probe.runner.cheap_lowerings())  # meanwhile: no pool changes them
+        compiler.trace(probe.runner.sampling_lowerings(shape.samplings))  # meanwhile: no pool changes them
         budget = limit - tree_bytes(params) - probe.activation_bytes(compiler)
     return min(round_down(max(0, budget // per_block)), useful)
 

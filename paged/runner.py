@@ -119,17 +119,11 @@ class Runner:
         self.reset_state()
 
     def lowerings(self) -> dict[str, Lowering]:
-        """Of every program, by name; those that take long to compile come first, and those of which many compile well
-        side by side last."""
+        """Of every program, by name; those that take long to compile come first."""
         s = self.shape
         chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
         small = {self._in_pool("admit"): self._lower_admit, "admit_full": self._lower_admit_full}
-        forwards = self.forward_lowerings(s.steps[::-1])
-        return self.cheap_lowerings() | chains | forwards | small | self.sampling_lowerings(s.samplings)
-
-    def cheap_lowerings(self) -> dict[str, Lowering]:
-        """Of sampling programs but the "full" ones."""
-        return self.sampling_lowerings([key for key in self.shape.samplings if key[1] != "full"])
+        return self.sampling_lowerings(s.samplings) | chains | self.forward_lowerings(s.steps[::-1]) | small
 
     def forward_lowerings(self, steps: Sequence[StepShape]) -> dict[str, Lowering]:
         return {self.forward_name(step): partial(self.lower_forward, step) for step in steps}

@@ -42,13 +42,13 @@ class RunnerShape:
 
     @property
     def samplings(self) -> list[tuple[int, Variant]]:
-        """The rows and the variant of each sampling program."""
-        return [(S, variant) for S in self.sampling_sizes for variant in self.variants]
+        """The rows and the variant of each sampling program, the dearest first."""
+        return [(S, variant) for variant in reversed(self.variants) for S in reversed(self.sampling_sizes)]
 
     @property
     def largest_sampling(self) -> tuple[int, Variant]:
         """It needs the most memory."""
-        return self.samplings[-1]
+        return self.samplings[0]
 
     @property
     def chained(self) -> list[StepShape]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from paged import SamplingParams
+from paged import SamplingParams, memory
 from paged.program_store import ProgramStore
 from tests.paged.tiny import make_engine, run, tokens, write_config
 
@@ -19,7 +19,7 @@ ASKED = {"a": ([1, 2, 3], SamplingParams(seed=1, max_tokens=9)), "b": ([4] * 20,
 def start(folder: str, cache: Path, caplog: pytest.LogCaptureFixture, **options) -> tuple[list[list[int]], int]:
     """The tokens of ASKED, and how many programs were compiled."""
     caplog.clear()
-    with caplog.at_level(logging.INFO, "paged.compiler"):
+    with caplog.at_level(logging.INFO, "paged"):
         engine = make_engine(folder, compilation_cache_dir=str(cache), **options)
     results = run(engine, ASKED)
     engine.close()
@@ -41,6 +41,18 @@ def test_a_warm_start(tmp_path, caplog):
     assert "cannot use the compiled program" in caplog.text
 
 
+def test_a_pool_sized_by_its_programs(tmp_path, caplog, monkeypatch):
+    """As on an accelerator: two steps over a small pool tell what is left for the cache. A warm start finds them."""
+    limit = 640_000  # less than what all sequences at full length could use
+    monkeypatch.setattr(memory, "usable_memory", lambda device, utilization: limit)
+    folder, options = write_config(tmp_path), {"num_gpu_blocks_override": None, "max_model_len": 256}
+    cold, compiled = start(folder, tmp_path / "cache", caplog, **options)
+    [ledger] = [record.args[0] for record in caplog.records if record.msg == "memory: %s"]
+    assert start(folder, tmp_path / "cache", caplog, **options) == (cold, 0) and compiled > 0
+    used = ledger.weights + ledger.activations + ledger.slots + ledger.cache
+    assert 0.99 * limit < used <= limit
+
+
 def test_nothing_is_kept_without_a_folder(tmp_path):
     store = ProgramStore.of("", jax.devices(), "anything")
     store.save("name", object())
@@ -56,7 +68,7 @@ def test_a_program_runs_on_the_devices_that_it_was_compiled_for(tmp_path):
     """Also where the machine has more of them."""
     script = """if True:
         import sys
-        from paged import SamplingParams
+        from paged import SamplingParams, memory
         from tests.paged.tiny import make_engine, run, tokens
         folder, cache = sys.argv[1:]
         asked = {"a": ([1, 2, 3], SamplingParams(temperature=0, max_tokens=9))}
