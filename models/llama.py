@@ -154,7 +154,7 @@ class Llama(nn.Module):
     def best_tokens(self, hidden: jax.Array, *drawn: jax.Array) -> jax.Array | None:
         """`kernels_pallas.best_tokens` for hidden [R, E]: int32[R], or None where only `logits` will do. drawn: keys
         and temperature."""
-        if self.compute.shards > 1 or self.config.logits_soft_cap is not None:
+        if self.config.logits_soft_cap is not None:
             return None
         tied = self.config.tie_word_embeddings
         kernel = self.embed.embedding if tied else self.head.get_variable("params", "kernel")

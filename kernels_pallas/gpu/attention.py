@@ -48,16 +48,14 @@ def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=
 def _attend(q, cache, batch, *, sinks, **options):
     """q [T, H, D] over what is cached, this step's keys and values among it. q has the cache's dtype, or 16 bits where
     the cache has eight."""
+    num_seqs = batch.num_seqs
     if batch.deterministic:  # a token's kernel must not follow from the step that it is in
-        no_decodes = batch.num_seqs.at[0].set(0)
-        return prefill_attention(
-            q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, no_decodes, sinks, **options
-        )
-    if batch.decode_only:
+        num_seqs = num_seqs.at[0].set(0)
+    elif batch.decode_only:
         return _attend_decodes(q, cache, batch.kv_lens, batch.block_tables, sinks, **options)
-    out = prefill_attention(
-        q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, batch.num_seqs, sinks, **options
-    )
+    out = prefill_attention(q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, num_seqs, sinks, **options)
+    if batch.deterministic:
+        return out
     rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
     is_decode = rows < batch.num_seqs[0]
     kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)

@@ -29,6 +29,7 @@ from kernels_pallas.gpu.rows import (
     PARAMS,
     ROWS,
     TILED,
+    block_at,
     load_column,
     load_rows,
     num_sms,
@@ -66,44 +67,43 @@ class DecodeConfig:
 
 class Cuts(NamedTuple):
     """How sequences are cut, int32[S] each: first visible token, tokens from there, tokens of a split (but the last),
-    and splits."""
+    and splits; and `most`, the most splits that a sequence can have."""
 
     start: jax.Array
     tokens: jax.Array
     size: jax.Array
     splits: jax.Array
+    most: int
 
     @classmethod
     def of(cls, kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig) -> "Cuts":
         start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
         tokens = kv_lens - start
         size = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
-        return cls(start, tokens, size, pl.cdiv(tokens, size))
+        visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
+        most = min(config.max_splits, pl.cdiv(visible, config.min_split))
+        return cls(start, tokens, size, pl.cdiv(tokens, size).astype(jnp.int32), most)
 
 
-def list_work(kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig):
+def list_work(cuts: Cuts, kv_lens):
     """The items of work, before the split over key/value heads.
 
     Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
-    first split, how many it has, and the tokens of each but the last; int32[1], how many rows are real; and int32[S],
-    how many are of each sequence. They depend on nothing but lengths, so that one list serves all layers that have the
-    same window.
+    first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. They depend
+    on nothing but lengths, so that one list serves all layers that have the same window.
     """
     S = kv_lens.shape[0]
-    visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
-    max_splits = min(config.max_splits, pl.cdiv(visible, config.min_split))
-    cuts = Cuts.of(kv_lens, block_table_tokens, window, config)
     before = _before(cuts.splits)
-    j = jnp.arange(max_splits)[None, :]
+    j = jnp.arange(cuts.most)[None, :]
     first = cuts.start[:, None] + j * cuts.size[:, None]
     stop = jnp.minimum(first + cuts.size[:, None], kv_lens[:, None])
     of_seq = [column[:, None] for column in (before, cuts.splits, cuts.size)]
     columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, *of_seq]
-    rows = jnp.stack([jnp.broadcast_to(c, (S, max_splits)) for c in columns], axis=-1).astype(jnp.int32)
-    place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * max_splits)
-    work = jnp.zeros((S * max_splits, FIELDS), jnp.int32)
+    rows = jnp.stack([jnp.broadcast_to(c, (S, cuts.most)) for c in columns], axis=-1).astype(jnp.int32)
+    place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * cuts.most)
+    work = jnp.zeros((S * cuts.most, FIELDS), jnp.int32)
     work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(cuts.splits).astype(jnp.int32)[None], cuts.splits.astype(jnp.int32)
+    return work, jnp.sum(cuts.splits).astype(jnp.int32)[None]
 
 
 def _before(counts):
@@ -154,12 +154,12 @@ def decode_attention(
     K, N = keys.shape[1:3]
     G = H // K
     config = config or DecodeConfig.of(D)
-    tokens, workers = block_tables.shape[1] * N, config.workers * num_sms()
-    work, count, splits = list_work(kv_lens, tokens, window, config)
+    workers = config.workers * num_sms()
+    cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, window, config)
+    work, count = list_work(cuts, kv_lens)
     # With fewer, few workers have several splits of a sequence, and merging costs more than it saves.
     merging = 3 * workers < 2 * S * K
-    shares = share_work(Cuts.of(kv_lens, tokens, window, config), K, workers) if merging else count
-    max_splits = work.shape[0] // S
+    shares = share_work(cuts, K, workers) if merging else count
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
     ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=TILED)
@@ -172,8 +172,8 @@ def decode_attention(
         partial(_attend, G=G, config=config, logits=logits),
         out_type=(
             (
-                jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
-                *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
+                jax.ShapeDtypeStruct((S, K, cuts.most, stored * D), jnp.float32),
+                *[jax.ShapeDtypeStruct((S, K, cuts.most, stored), jnp.float32)] * 2,
             ),
             *(whole_sequences if merging else ()),
         ),
@@ -190,7 +190,7 @@ def decode_attention(
         ],
         compiler_params=PARAMS,
     )(work, shares, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables, sinks or ())
-    out = merge_splits(found, splits, sinks, G, q.dtype, complete)
+    out = merge_splits(found, cuts.splits, sinks, G, q.dtype, complete)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
@@ -320,12 +320,6 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
             return step + tiles
 
         lax.fori_loop(0, items, item, jnp.int32(0))
-
-
-def block_at(tables, seq, token, N, p):
-    """The block that holds the p-th slab of the tile at `token`; behind the table's end, its last entry."""
-    index = lax.div(token, jnp.int32(N)) + p
-    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)]
 
 
 def _rows_of_page(token, N):

@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.decode import DecodeConfig, block_at, list_work, logits_of
+from kernels_pallas.gpu.decode import Cuts, DecodeConfig, list_work, logits_of
 from kernels_pallas.gpu.eight_bits import (
     TILE,
     keys_operand,
@@ -33,7 +33,7 @@ from kernels_pallas.gpu.eight_bits import (
     values_operand,
 )
 from kernels_pallas.gpu.merge import Sinks, merge_splits, stored_rows
-from kernels_pallas.gpu.rows import PARAMS, TILED, WARPGROUP, num_sms
+from kernels_pallas.gpu.rows import PARAMS, TILED, WARPGROUP, block_at, num_sms
 from kernels_pallas.quantize import SCALE_DTYPE
 
 
@@ -65,8 +65,8 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
     G = H // K
     R = 8 if G <= 8 else 16
     config = config or config_of(D)
-    work, count, splits = list_work(kv_lens, block_tables.shape[1] * N, window, config)
-    max_splits = work.shape[0] // S
+    cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, window, config)
+    work, count = list_work(cuts, kv_lens)
     stored = stored_rows(G, D)
     workers, slots = config.workers, config.workers * config.stages
     tiles = plgpu.SMEM((workers, config.stages, TILE, D), dtype, transforms=tile_transforms(D))
@@ -77,8 +77,8 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
     found = plgpu.kernel(
         partial(_attend, G=G, config=config, logits=logits),
         out_type=(
-            jax.ShapeDtypeStruct((S, K, max_splits, stored * D), jnp.float32),
-            *[jax.ShapeDtypeStruct((S, K, max_splits, stored), jnp.float32)] * 2,
+            jax.ShapeDtypeStruct((S, K, cuts.most, stored * D), jnp.float32),
+            *[jax.ShapeDtypeStruct((S, K, cuts.most, stored), jnp.float32)] * 2,
         ),
         grid=(num_sms(),),
         grid_names=("cta",),
@@ -96,7 +96,7 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
         ],
         compiler_params=PARAMS,
     )(work, count, q, (*cache[:2], *(x.reshape(-1) for x in cache[2:])), block_tables)
-    out = merge_splits(found, splits, None if sinks is None else Sinks.of(sinks), G, q.dtype)
+    out = merge_splits(found, cuts.splits, None if sinks is None else Sinks.of(sinks), G, q.dtype)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 

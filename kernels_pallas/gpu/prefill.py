@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.gpu.eight_bits import lift, load_scales, scales_shape, tile_transforms, widen_tile
-from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, block_at, num_sms, store_rows, tiles_of_8
 from kernels_pallas.quantize import SCALE_DTYPE, is_quantized
 
 COMPUTE = 2  # warpgroups that multiply
@@ -327,7 +327,7 @@ def _attend(
                 nth = done + t - item.begin
                 slot = lax.rem(nth, stages)
                 mine = [warp + p for p in range(0, pages, WARPS)]
-                blocks = [_block(tables, item.seq, t * tile, N, p) for p in mine]
+                blocks = [block_at(tables, item.seq, t * tile, N, p) for p in mine]
                 row = lax.rem(t * tile, jnp.int32(N)) if config.tile < N else 0
                 for which in range(2):
                     pl.when(nth >= stages)(partial(plgpu.barrier_wait, free[which].at[slot]))
@@ -362,12 +362,6 @@ def _attend(
             lax.fori_loop(item.begin, item.end, step, None)
 
         for_each_item(visit)
-
-
-def _block(tables, seq, token, N, p):
-    """The block of the p-th page of the tile at `token`; behind the table's end, its last entry."""
-    index = lax.div(token, jnp.int32(N)) + p
-    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)]
 
 
 def _visible(shape, query, cached, window):

@@ -9,6 +9,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_UPCAST_4X, FragmentedArray
 from jaxlib.mlir import ir
@@ -39,6 +40,12 @@ def sync_warpgroup() -> None:
 def tiles_of_8(x):
     """x [rows, ...] with zeros behind it up to a multiple of 8 rows, the least that the copy engine moves."""
     return jnp.pad(x, ((0, -len(x) % 8),) + ((0, 0),) * (x.ndim - 1))
+
+
+def block_at(tables, seq, token, N, p):
+    """The block that holds the p-th slab of the tile at `token`; behind the table's end, its last entry."""
+    index = lax.div(token, jnp.int32(N)) + p
+    return tables[seq, jnp.minimum(index, tables.shape[1] - 1)]
 
 
 def load_rows(ref, count) -> jax.Array:

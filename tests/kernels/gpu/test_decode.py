@@ -85,7 +85,7 @@ def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
 
 
 def test_calls_in_one_program_do_not_disturb_each_other():
-    """The counters that splits meet at are shared by all layers, and are zero again after each."""
+    """One list of work serves them all."""
     q, cache, kv_lens, tables, options = case(4, *SHAPES[0], jnp.bfloat16)
 
     def attend(q):
