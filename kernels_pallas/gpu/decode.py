@@ -7,10 +7,10 @@ warpgroup copies pages into a ring of tiles, running ahead from one item into th
 multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are computed
 for nothing and never stored.
 
-In large batches a worker has a run of items, as many tiles as any other's. If it has a sequence's first split, it
-merges those that follow as it goes, and writes the result if it has all of them; a second kernel merges the rest. Which
-splits are merged where does not change a bit: they are added in one order, and their maxima are rounded to whole
-numbers, so that what aligns them is a power of two, an exact factor.
+In large batches a worker has a run of items, by their tiles as long as any other's of its wave of CTAs. If it has a
+sequence's first split, it merges those that follow as it goes, and writes the result if it has all of them; a second
+kernel merges the rest. Which splits are merged where does not change a bit: they are added in one order, and their
+maxima are rounded to whole numbers, so that what aligns them is a power of two, an exact factor.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from kernels_pallas.gpu.merge import Sinks, merge_splits, reciprocal, stored_rows
+from kernels_pallas.gpu.merge import Sinks, Unfinished, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
     PARAMS,
@@ -51,12 +52,15 @@ class DecodeConfig:
       max_splits: ... and into at most this many of them.
       workers: pairs of a compute and a memory warpgroup in one CTA, one CTA to an SM.
       stages: tiles of keys, and of values, in flight for each worker.
+      waves: where workers have runs of items, how these are in length, those of as many CTAs as there are SMs each. The
+        fastest SM is done in 70% of the slowest's time, and the hardware gives it the next CTA.
     """
 
     min_split: int
     max_splits: int
     workers: int
     stages: int
+    waves: tuple[int, ...] = (22, 2, 1)
 
     @classmethod
     def of(cls, head_dim: int) -> "DecodeConfig":
@@ -112,14 +116,15 @@ def _before(counts):
     return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
 
 
-def share_work(cuts: Cuts, K: int, workers: int):
+def share_work(cuts: Cuts, K: int, weights):
     """int32[workers + 1]: worker w has the items from number w of these up to number w + 1. Items are ordered by
-    sequence, head and split; an item is of the worker in whose equal share of all tiles its middle lies."""
+    sequence, head and split; an item is of the worker in whose share of all tiles, by the workers' weights, its middle
+    lies."""
     S = cuts.splits.shape[0]
     tiles, size = pl.cdiv(cuts.tokens, TILE), cuts.size // TILE
     before, splits_before = _before(tiles) * K, _before(cuts.splits) * K
-    total, w = jnp.sum(tiles) * K, jnp.arange(workers + 1)
-    share = total // workers * w + total % workers * w // workers
+    total, weight = jnp.sum(tiles) * K, np.cumsum([0, *weights])
+    share = total // weight[-1] * weight + total % weight[-1] * weight // weight[-1]
     seq = jnp.sum((before + tiles * K)[None, :] <= share[:, None], axis=1)
     tiles, size, splits, before, splits_before = (
         x.at[seq].get(mode="fill", fill_value=fill)
@@ -154,12 +159,14 @@ def decode_attention(
     K, N = keys.shape[1:3]
     G = H // K
     config = config or DecodeConfig.of(D)
-    workers = config.workers * num_sms()
     cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, window, config)
     work, count = list_work(cuts, kv_lens)
     # With fewer, few workers have several splits of a sequence, and merging costs more than it saves.
-    merging = 3 * workers < 2 * S * K
-    shares = share_work(cuts, K, workers) if merging else count
+    in_runs = 3 * config.workers * num_sms() < 2 * S * K
+    waves = config.waves if in_runs else (1,)
+    ctas = len(waves) * num_sms()
+    lengths = np.tile(np.repeat(waves, num_sms()), config.workers)
+    shares = share_work(cuts, K, lengths) if in_runs else count
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
     ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=TILED)
@@ -167,7 +174,10 @@ def decode_attention(
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
     logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
-    whole_sequences = (jax.ShapeDtypeStruct((S, K, stored * D), q.dtype), jax.ShapeDtypeStruct((S, K), jnp.int32))
+    merged = (
+        jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
+        jax.ShapeDtypeStruct((len(lengths), len(Unfinished._fields)), jnp.int32),
+    )
     found, *complete = plgpu.kernel(
         partial(_attend, G=G, config=config, logits=logits),
         out_type=(
@@ -175,9 +185,9 @@ def decode_attention(
                 jax.ShapeDtypeStruct((S, K, cuts.most, stored * D), jnp.float32),
                 *[jax.ShapeDtypeStruct((S, K, cuts.most, stored), jnp.float32)] * 2,
             ),
-            *(whole_sequences if merging else ()),
+            *(merged if in_runs else ()),
         ),
-        grid=(num_sms(),),
+        grid=(ctas,),
         grid_names=("cta",),
         num_threads=2 * config.workers,
         thread_name="warpgroup",
@@ -225,6 +235,9 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
 
+        if merged:
+            merged[1][worker, 0] = jnp.int32(-1)
+
         def item(n, carry):
             step, before = carry
             seq, h, split, splits, first, stop, length = read(n)
@@ -269,7 +282,7 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
             found = lax.fori_loop(0, tiles, tile, _empty(D))
             now, stored, slot = found, True, split
             if merged:
-                out, count = merged
+                out, unfinished = merged
                 from_first = n >= split  # the splits before this one are ours too
                 both = _merge(before, found)
                 now = [jnp.where(from_first & (split > 0), a, b) for a, b in zip(both, found, strict=True)]
@@ -281,9 +294,10 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
                 def finish():
                     store_rows(out.at[seq, h], _divided(now, sinks, h * G, G).astype(out.dtype), G)
 
-                @pl.when(complete | (from_first & stored))
+                @pl.when(from_first & stored)
                 def tell():
-                    count[seq, h] = split + 1
+                    for i, value in enumerate(Unfinished(seq, h, splits, split + 1)):
+                        unfinished[worker, i] = value
 
             @pl.when(stored)
             def store():

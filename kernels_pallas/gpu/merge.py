@@ -15,6 +15,8 @@ from jax import lax
 
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP
 
+AT_ONCE = 2048  # values that are on their way
+
 
 class Sinks(NamedTuple):
     """Learned logits as splits without values: maxima, whole numbers in base 2, and denominators, float32[H] each."""
@@ -29,6 +31,16 @@ class Sinks(NamedTuple):
         return cls(maxima, jnp.exp2(logits - maxima))
 
 
+class Unfinished(NamedTuple):
+    """Of a sequence and key/value head: splits, and how many of them, from the first on, part 0 already is. A worker
+    that leaves none has sequence -1."""
+
+    seq: jax.Array
+    head: jax.Array
+    splits: jax.Array
+    merged: jax.Array
+
+
 def stored_rows(G: int, D: int) -> int:
     """Rows kept of a key/value head's G, such that a warpgroup reads them in whole vectors."""
     return G if G * D % WARPGROUP == 0 else G + 1
@@ -41,35 +53,62 @@ def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype, complete=())
       found: float32[S, K, M, R * D], each split's weighted sum of values, not normalised, where R is stored_rows;
         float32[S, K, M, R] twice, its maximum, in base 2, and denominator.
       splits: int32[S], how many of the M a sequence has.
-      complete: dtype[S, K, R * D] and int32[S, K], how many splits, from the first on, part 0 already is; where these
-        are all, the former is the result. Empty: part 0 is the first split.
+      complete: dtype[S, K, R * D], the result but for what int32[workers, 4], an Unfinished each, names.
+        Empty: all is to be done, and part 0 is the first split.
 
     Returns:
       dtype[S, K, R * D], zeros where there are no splits.
     """
-    out, *merged = complete or (None,)
     S, K, _, size = found[0].shape
-    in_place = () if out is None else (jax.new_ref(out),)
+    in_place = tuple(map(jax.new_ref, complete[:1]))
+    unfinished = complete[1:]
+    kernel = partial(_merge_unfinished if complete else _merge_all, G=G, R=found[1].shape[-1])
     made = plgpu.kernel(
-        partial(_merge, G=G, R=found[1].shape[-1]),
+        kernel,
         out_type=() if in_place else jax.ShapeDtypeStruct((S, K, size), dtype),
-        grid=(S, K),
-        grid_names=("sequence", "head"),
+        grid=(len(unfinished[0]),) if complete else (S, K),
+        grid_names=("worker",) if complete else ("sequence", "head"),
         kernel_name="decode_attention_merge",
         compiler_params=PARAMS,
-    )(found, splits, sinks or (), merged, *in_place)
+    )(found, splits, sinks or (), *unfinished, *in_place)
     return jax.freeze(in_place[0]) if in_place else made
 
 
-def _merge(found, splits, sinks, merged, out, *, G, R):
+def _merge_all(found, splits, sinks, out, **rows):
     seq, head = lax.axis_index("sequence"), lax.axis_index("head")
+    _merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, **rows)
+
+
+def _merge_unfinished(found, splits, sinks, unfinished, out, **rows):
+    """What one worker left; and zeros for a sequence that has no split, which no worker has seen."""
+    worker, workers = lax.axis_index("worker"), jnp.int32(lax.axis_size("worker"))
+    left = Unfinished(*(unfinished[worker, i] for i in range(len(Unfinished._fields))))
+    pl.when(left.seq >= 0)(lambda: _merge(found, left, sinks, out, **rows))
+    S, (K, size) = splits.shape[0], out.shape[1:]
+
+    def clear(n, _):
+        seq = worker + n * workers
+
+        @pl.when(splits[seq] == 0)
+        def store():
+            zeros = jnp.zeros((size,), out.dtype)
+            for head in range(K):
+                out[seq, head] = plgpu.layout_cast(zeros, _layout(size))
+
+    lax.fori_loop(0, lax.div(S - worker + workers - 1, workers), clear, None)
+
+
+def _layout(size: int):
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0))
+
+
+def _merge(found, left: Unfinished, sinks, out, *, G, R):
+    seq, head, splits, merged = left
     parts, maxima, totals = (ref.at[seq, head] for ref in found)
-    splits = splits[seq]
-    merged, may_be_complete = (merged[0][seq, head], True) if merged else (1, False)
     size = parts.shape[1]
     D = size // R
-    at_once = max(1, min(4, 512 // size))
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0))
+    at_once = max(1, min(4, AT_ONCE // size))
+    layout = _layout(size)
     row = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) // D
 
     def spread(values):
@@ -100,22 +139,17 @@ def _merge(found, splits, sinks, merged, out, *, G, R):
             total = [total[g] + weight[g] * x_total[g] for g in range(R)]
         return acc, m, total
 
-    @pl.when((splits == 0) | (merged < splits) | (not may_be_complete))
-    def merge():
-        left = jnp.where(splits > 0, splits - merged + 1, 0)
-        zero = jnp.float32(0)
-        acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
-        carry = acc, [zero - jnp.inf] * R, [zero] * R
-        carry = lax.fori_loop(
-            0, lax.div(left + (at_once - 1), jnp.int32(at_once)), lambda i, x: chunk(i * at_once, x), carry
-        )
-        if sinks:
-            sink = [head * G + min(g, G - 1) for g in range(R)]
-            (acc, _, total), [weight] = align(carry, [[sinks[0][i] for i in sink]])
-            total = [t + w * sinks[1][i] for t, w, i in zip(total, weight, sink, strict=True)]
-        else:
-            acc, _, total = carry
-        out[seq, head] = (acc * reciprocal(spread(total))).astype(out.dtype)
+    left_over = jnp.where(splits > 0, splits - merged + 1, 0)
+    zero = jnp.float32(0)
+    acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
+    carry = acc, [zero - jnp.inf] * R, [zero] * R
+    chunks = lax.div(left_over + (at_once - 1), jnp.int32(at_once))
+    acc, m, total = lax.fori_loop(0, chunks, lambda i, x: chunk(i * at_once, x), carry)
+    if sinks:
+        sink = [head * G + min(g, G - 1) for g in range(R)]
+        (acc, _, total), [weight] = align((acc, m, total), [[sinks[0][i] for i in sink]])
+        total = [t + w * sinks[1][i] for t, w, i in zip(total, weight, sink, strict=True)]
+    out[seq, head] = (acc * reciprocal(spread(total))).astype(out.dtype)
 
 
 def reciprocal(total):

@@ -17,14 +17,14 @@ lengths = st.lists(st.one_of(st.just(0), st.integers(1, 700), st.integers(1, TOK
 
 
 @pytest.mark.parametrize("window", [None, 100, 3000])
-@pytest.mark.parametrize(("K", "workers"), [(1, 264), (8, 264), (3, 5)])
-def test_every_split_has_one_worker_and_workers_have_as_much_as_each_other(K, workers, window):
+@pytest.mark.parametrize(("K", "weights"), [(1, [1] * 264), (8, [22] * 264 + [2] * 264 + [1] * 264), (3, [3, 1] * 4)])
+def test_every_split_has_one_worker_and_workers_have_their_shares(K, weights, window):
     config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
 
     @jax.jit
     def shared(kv_lens):
         cuts = Cuts.of(kv_lens, TOKENS, window, config)
-        return cuts, *list_work(cuts, kv_lens), share_work(cuts, K, workers)
+        return cuts, *list_work(cuts, kv_lens), share_work(cuts, K, weights)
 
     @settings(deadline=None)
     @given(lengths)
@@ -43,8 +43,9 @@ def test_every_split_has_one_worker_and_workers_have_as_much_as_each_other(K, wo
             assert (work[rows[:1, 5], 0] == seq).all() and (rows[:, 1] == rows[:1, 1] + rows[:, 4] * rows[:, 7]).all()
             items += list(-(-(rows[:, 2] - rows[:, 1]) // TILE)) * K
         assert shares[0] == 0 and shares[-1] == len(items) and (np.diff(shares) >= 0).all()
-        mine = [sum(items[a:b]) for a, b in pairwise(shares)]
-        assert max(mine) <= sum(items) / workers + max(items, default=0) + 1
+        for weight, (a, b) in zip(weights, pairwise(shares), strict=True):
+            share = sum(items) * weight / sum(weights)
+            assert abs(sum(items[a:b]) - share) <= max(items, default=0) + 1
 
     check()
 
@@ -52,4 +53,4 @@ def test_every_split_has_one_worker_and_workers_have_as_much_as_each_other(K, wo
 def test_one_worker_has_all():
     config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
     cuts = Cuts.of(jnp.asarray([1000, 0, 3]), TOKENS, None, config)
-    assert partial(share_work, cuts, 4, 1)().tolist() == [0, 4 * 4 + 4]
+    assert partial(share_work, cuts, 4, [1])().tolist() == [0, 4 * 4 + 4]
