@@ -2,12 +2,13 @@
 
 JAX's own compilation cache is looked up with the lowered program, and tracing and lowering a model takes longer than
 loading what comes of it. Here the key is everything that a program is made from: the sources, the versions, the
-devices and the sizes. Where JAX's is on, it is used instead: on CPUs a program that came out of it cannot be stored
-again (jax 0.11.2: it loads, and fails when it is called).
+compilers' flags, the devices and the sizes. Where JAX's is on, it is used instead: on CPUs a program that came out of
+it cannot be stored again (jax 0.11.2: it loads, and fails when it is called).
 """
 
 import hashlib
 import logging
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import jax
 from jax.experimental import serialize_executable
 
 logger = logging.getLogger(__name__)
+COMPILER_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 SOURCES = ("kernels_pallas", "models", "paged")
 
 
@@ -40,7 +42,8 @@ class ProgramStore:
             return cls(None, tuple(devices))
         digest = hashlib.sha256(source_digest())
         machine = (jax.__version__, jax.lib.__version__, devices[0].client.platform_version, devices)
-        digest.update(repr((machine, made_from)).encode())
+        flags = [os.environ.get(name) for name in COMPILER_FLAGS]
+        digest.update(repr((machine, flags, made_from)).encode())
         return cls(Path(cache_dir).expanduser() / digest.hexdigest()[:32], tuple(devices))
 
     def has(self, name: str) -> bool:

@@ -59,9 +59,14 @@ def test_nothing_is_kept_without_a_folder(tmp_path):
     assert store.load("name") is None and not list(tmp_path.iterdir())
 
 
-def test_the_folder_depends_on_what_programs_are_made_from(tmp_path):
-    one, same, other = (ProgramStore.of(str(tmp_path), jax.devices(), part).directory for part in ("a", "a", "b"))
+def test_the_folder_depends_on_what_programs_are_made_from(tmp_path, monkeypatch):
+    def folder(part):
+        return ProgramStore.of(str(tmp_path), jax.devices(), part).directory
+
+    one, same, other = map(folder, ("a", "a", "b"))
     assert one == same != other
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    assert folder("a") != one
 
 
 def test_a_program_runs_on_the_devices_that_it_was_compiled_for(tmp_path):
