@@ -6,13 +6,14 @@ same however few of a row's tokens are looked at. Nothing sorts a vocabulary.
 
 On CUDA, where each pass over the logits costs as much as reading a small model's weights, a filtered row is drawn from
 its C largest tokens, found through the maxima of blocks, whenever they hold all that the filters keep. Where they do
-not (a flat distribution, a large k), and on other machines, the whole row is searched. Which it is depends on the row
-alone, and the token is the same.
+not (a flat distribution, a large k), the whole row is drawn from until a token comes that the filters keep. On other
+machines a search finds the least likely token that is kept. Which way it is depends on the row alone, and the token is
+the same.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ from kernels_pallas.noise import PAIR, RUN, gumbel, hash_through_xla
 
 BLOCK = 128  # tokens that compete as one in the first round of a search for the largest
 _PART = 8  # and in the second
-_CANDIDATES = 256
-_ROWS_AT_ONCE = 32  # that are searched whole: they stay in a GPU's second-level cache from one pass to the next
-_DIGIT = 4  # bits of a threshold that a pass over the row finds
+_CANDIDATES = 64
+_ROWS_AT_ONCE = 32  # that are drawn from whole: they stay in a GPU's second-level cache from one pass to the next
+_DIGIT = 4  # bits of a threshold that a pass over the row finds, on a TPU
 
 Rows = Mapping[str, jax.Array]  # of each row: temperature, top_k, top_p, min_p, seed_lo, seed_hi, position
 
@@ -115,41 +116,76 @@ def _hash(keys, counters):
 # ---- filters ----
 
 
-def draw_filtered(adjusted: Callable[..., Any], rows: Rows) -> jax.Array:
-    """`draw` among what the rows' filters keep. adjusted(f, in_one_pass) gives f(logits), with f fused with what makes
-    them if in_one_pass."""
+def draw_filtered(logits: jax.Array, rows: Rows) -> jax.Array:
+    """`draw` among what the rows' filters keep."""
 
     def on_cuda():
-        x, maxima = adjusted(lambda logits: _with_maxima(logits, rows), in_one_pass=True)
-        return _draw_from_blocks(x, maxima, rows)
+        return _draw_from_blocks(lambda: _tempered(logits, rows), blocks_of(_tempered(logits, rows)), rows)
+
+    return lax.platform_dependent(cuda=on_cuda, default=lambda: _draw_from_rows(at_temperature(logits, rows), rows))
+
+
+def draw_adjusted(adjusted: Callable[..., Any], rows: Rows) -> jax.Array:
+    """`draw_filtered` from logits that are made first. adjusted(f, in_one_pass) gives f(logits), with f fused with what
+    makes them if in_one_pass."""
+
+    def on_cuda():
+        def x_and_blocks(logits):
+            x = _tempered(logits, rows)
+            return x, blocks_of(x)
+
+        x, blocks = adjusted(x_and_blocks, in_one_pass=True)
+        return _draw_from_blocks(lambda: x, blocks, rows)
 
     def elsewhere():
-        return _draw_from_whole_rows(at_temperature(adjusted(lambda logits: logits, in_one_pass=False), rows), rows)
+        return _draw_from_rows(at_temperature(adjusted(lambda logits: logits, in_one_pass=False), rows), rows)
 
     return lax.platform_dependent(cuda=on_cuda, default=elsewhere)
 
 
-def _draw_from_whole_rows(x, rows):
+def _draw_from_rows(x, rows):
     kept = jnp.where(x < threshold(x, rows)[:, None], -jnp.inf, x)
     some = partial(noise_of_all, keys_of(rows), rows["temperature"] == 0, x.shape[1])
     return best(kept + if_any(rows["temperature"], some, jnp.zeros_like(x)))
 
 
-def _with_maxima(logits, rows):
-    """x float32[S, V], V up to a multiple of 128, and its blocks' maxima, float32[S, V / 128]."""
-    x = pad(at_temperature(logits, rows), BLOCK)
-    return x, jnp.max(_nan_first(x).reshape(len(x), -1, BLOCK), axis=-1)
+# ---- filters, on CUDA ----
 
 
-def _draw_from_blocks(x, maxima, rows):
+class Blocks(NamedTuple):
+    """Of each 128 tokens of a row; float32[S, V / 128]."""
+
+    maxima: jax.Array  # infinity where there is a NaN
+    masses: jax.Array  # sums of exp(x - maximum)
+
+
+def _tempered(logits, rows):
+    """float32[S, V], V up to a multiple of 128."""
+    return pad(at_temperature(logits, rows), BLOCK)
+
+
+def blocks_of(x: jax.Array) -> Blocks:
+    """In one pass, as a softmax's maximum and sum can be had (Milakov and Gimelshein, arXiv 1805.02867)."""
+
+    def joined(a, b):
+        largest, smallest = jnp.maximum(a[0], b[0]), jnp.minimum(a[0], b[0])
+        factor = jnp.where(largest == smallest, 1, jnp.exp(smallest - largest))
+        return largest, jnp.where(a[0] >= b[0], a[1] + b[1] * factor, b[1] + a[1] * factor)
+
+    x = _nan_first(x).reshape(len(x), -1, BLOCK)
+    return Blocks(*lax.reduce((x, jnp.ones_like(x)), (jnp.float32(-jnp.inf), jnp.float32(0)), joined, (2,)))
+
+
+def _draw_from_blocks(x, blocks: Blocks, rows):
+    """x() is float32[S, V]: where what makes it costs less than to keep it, it is made where it is used."""
     drawn = rows["temperature"] > 0
     filtered = drawn & ((rows["top_k"] > 0) | (rows["top_p"] < 1) | (rows["min_p"] > 0))
     plain = drawn & ~filtered
-    tokens = _best_by_blocks(x, maxima)
-    tokens = jnp.where(plain, if_any(plain, lambda: _draw(x, rows), tokens), tokens)
-    found, decided = if_any(filtered, lambda: _draw_from_largest(x, maxima, rows), (tokens, ~filtered))
+    tokens = _best_by_blocks(x(), blocks.maxima)
+    tokens = jnp.where(plain, if_any(plain, lambda: _draw(x(), rows), tokens), tokens)
+    found, decided = _draw_from_largest(x(), blocks, rows)
     tokens = jnp.where(filtered, found, tokens)
-    return _draw_from_all(x, rows, filtered & ~decided, tokens)
+    return _draw_from_all(x, blocks, rows, filtered & ~decided, tokens)
 
 
 def _nan_first(x):
@@ -167,30 +203,37 @@ def _best_by_blocks(x, maxima):
     return jnp.where(winner < 0, -1, block * BLOCK + winner)
 
 
-def _draw_from_largest(x, maxima, rows):
+def _draw_from_largest(x, blocks, rows):
     """Tokens int32[S] drawn from each row's largest ones, and bool[S]: where these hold all that is kept."""
-    values, ids = largest(x, maxima, _CANDIDATES)
-    threshold, decided = threshold_of_largest(x, values, rows)
+    values, ids, rest = largest(x, blocks.maxima, _CANDIDATES)
+    threshold, decided = threshold_of_largest(values, rest, blocks, rows)
     scores = values + noise(keys_of(rows), rows["temperature"] == 0, ids)
     scores = jnp.where(values >= threshold[:, None], scores, -jnp.inf)
     winners = scores == jnp.max(scores, axis=-1, keepdims=True)
     tokens = jnp.min(jnp.where(winners, ids, x.shape[1]), axis=-1)
-    return tokens, decided & (jnp.max(maxima, axis=-1) < jnp.inf)
+    return tokens, decided & (jnp.max(blocks.maxima, axis=-1) < jnp.inf)
 
 
-def largest(x: jax.Array, maxima: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def largest(x: jax.Array, maxima: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values in falling order and ids of each row's n largest elements, of ties any; fewer if a row has not as many.
+    And the largest of all others, -infinity if there is none.
 
     Exact in three rounds: one of the n largest elements is in one of the n blocks with the largest maxima.
     """
     S = len(x)
-    values, chosen = lax.top_k(maxima, min(n, maxima.shape[1]))
+    values, chosen, rest = _top(maxima, n)
     for size, parts in ((_PART, BLOCK // _PART), (1, _PART)):
         inner = (chosen[:, :, None] * parts + jnp.arange(parts)).reshape(S, -1)
-        tops = jnp.max(_take(x.reshape(S, -1, size), inner), axis=-1)
-        values, where = lax.top_k(tops, min(n, tops.shape[1]))
-        chosen = jnp.take_along_axis(inner, where, axis=1)
-    return values, chosen
+        values, where, others = _top(jnp.max(_take(x.reshape(S, -1, size), inner), axis=-1), n)
+        chosen, rest = jnp.take_along_axis(inner, where, axis=1), jnp.maximum(rest, others)
+    return values, chosen, rest
+
+
+def _top(x, n):
+    """Values and places of the n largest elements of each row, and the next one's value."""
+    values, places = lax.top_k(x, min(n + 1, x.shape[1]))
+    rest = values[:, n] if x.shape[1] > n else jnp.full(len(x), -jnp.inf)
+    return values[:, :n], places[:, :n], rest
 
 
 def _take(blocks, chosen):
@@ -198,69 +241,91 @@ def _take(blocks, chosen):
     return jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))(blocks, chosen)
 
 
-def threshold_of_largest(x: jax.Array, values: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """`threshold` by each row's C largest elements, values float32[S, C] in falling order, and bool[S]: whether they
-    tell it. They do if what it keeps is among them."""
+def threshold_of_largest(values: jax.Array, rest: jax.Array, blocks: Blocks, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """`threshold` by each row's C largest elements, values float32[S, C] in falling order, and the largest of all
+    others; and bool[S]: whether they tell it. They do if what it keeps is among them, and what top-p is a part of is
+    known."""
     C = values.shape[1]
-    top, last = values[:, 0], values[:, -1]
-    all_here = last == -jnp.inf  # nothing else has any probability
-    k = jnp.where(rows["top_k"] > 0, rows["top_k"], x.shape[1])
-    kth = jnp.take_along_axis(values, jnp.minimum(k, C)[:, None] - 1, axis=1)[:, 0]
-    min_p_floor = top + jnp.log(rows["min_p"])
-    floor = jnp.maximum(min_p_floor, jnp.where(k <= C, kth, -jnp.inf))
-    known = (rows["top_k"] == 0) | (k <= C) | (min_p_floor > last) | all_here
+    top, all_here = values[:, 0], rest == -jnp.inf  # nothing else has any probability
+    is_among = (rows["top_k"] > 0) & (rows["top_k"] <= C)
+    kth = jnp.take_along_axis(values, jnp.clip(rows["top_k"], 1, C)[:, None] - 1, axis=1)[:, 0]
+    floor = jnp.maximum(top + jnp.log(rows["min_p"]), jnp.where(is_among, kth, -jnp.inf))
 
-    here = (floor > last) | all_here
-    elsewhere = (rows["top_p"] < 1) & ~here & known
+    here = (floor > rest) | all_here
     mass = jnp.where(values >= floor[:, None], jnp.exp(values - top[:, None]), 0)
     above = jnp.sum(jnp.where(values[:, None, :] >= values[:, :, None], mass[:, None, :], 0), axis=-1)
-    total = jnp.where(here, above[:, -1], if_any(elsewhere, lambda: _mass(x, top, floor), top))
-    enough = above >= (rows["top_p"] * total)[:, None]
+    of_all = jnp.sum(blocks.masses * jnp.exp(blocks.maxima - top[:, None]), axis=-1)
+    enough = above >= (rows["top_p"] * jnp.where(here, above[:, -1], of_all))[:, None]
     nucleus = jnp.max(jnp.where(enough, values, -jnp.inf), axis=-1)
     floor = jnp.maximum(floor, jnp.where(rows["top_p"] < 1, nucleus, -jnp.inf))
-    return floor, known & ((floor > last) | all_here)
+    known = here | ((rows["top_k"] == 0) & (rows["min_p"] == 0))
+    return floor, known & ((floor > rest) | all_here)
 
 
-def _mass(x, top, floor):
-    return jnp.sum(jnp.where(x >= floor[:, None], jnp.exp(x - top[:, None]), 0), axis=-1)
+def _draw_from_all(x, blocks, rows, left, tokens):
+    """Tokens, those of the rows `left` drawn from whole rows, some at a time.
 
-
-# ---- the whole row ----
-
-
-def _draw_from_all(x, rows, left, tokens):
-    """Tokens, those of the rows `left` drawn from whole rows, some at a time."""
-    S = len(x)
+    A token with the best score of all that may be kept is drawn if it is kept. If it is not, neither is one that is no
+    more likely, and the best of the others is next.
+    """
+    S = len(tokens)
     size = min(S, _ROWS_AT_ONCE)
-    order = jnp.nonzero(left, size=-(-S // size) * size, fill_value=S)[0]
+    top = jnp.max(blocks.maxima, axis=-1)
 
-    def some(i, tokens):
-        at = lax.dynamic_slice_in_dim(order, i * size, size)
-        mine = {name: value.at[at].get(mode="clip") for name, value in rows.items()}
-        return tokens.at[at].set(_draw_from_whole_rows(x.at[at].get(mode="clip"), mine), mode="drop")
+    def try_some(state):
+        left, bound, tokens = state
+        at = jnp.argsort(~left)[:size]
+        mine = {name: value[at] for name, value in rows.items()}
+        mine["top_k"] = jnp.where(left[at], mine["top_k"], 0)
+        found, kept, value = _try(x()[at], top[at], mine, bound[at])
+        done = jnp.where(left[at] & kept, at, S)
+        left = left.at[done].set(False, mode="drop")
+        return left, bound.at[at].set(value), tokens.at[done].set(found, mode="drop")
 
-    return lax.fori_loop(0, (jnp.sum(left) + size - 1) // size, some, tokens)
+    return lax.while_loop(lambda state: jnp.any(state[0]), try_some, (left, jnp.full(S, -jnp.inf), tokens))[2]
+
+
+def _try(x, top, rows, bound):
+    """Of each row the token with the best score among those that are above the bound and that min-p and top-k keep,
+    bool[S]: whether top-p keeps it, and its x."""
+    floor = floor_of(x, top, rows)
+    allowed = ((x > bound[:, None]) & ~(x < floor[:, None])) | jnp.isnan(x)
+    tokens = _draw(jnp.where(allowed, x, -jnp.inf), rows)
+    value = jnp.take_along_axis(x, tokens[:, None], axis=1, mode="clip")[:, 0]
+    mass = jnp.exp(x - top[:, None])
+    above = jnp.sum(jnp.where(x > value[:, None], mass, 0), axis=-1)
+    total = jnp.sum(jnp.where(x >= floor[:, None], mass, 0), axis=-1)
+    is_beyond = (rows["top_p"] < 1) & (above >= rows["top_p"] * total)
+    return tokens, (tokens < 0) | ~is_beyond, value
+
+
+# ---- thresholds of whole rows ----
 
 
 def threshold(x: jax.Array, rows: Rows) -> jax.Array:
     """float32[S]: what min-p, top-k and top-p, each applied to what the one before left, keep is x >= it."""
-    V = x.shape[1]
     top = jnp.max(x, axis=-1)
-    nothing = jnp.full_like(top, -jnp.inf)
-    image = _image_of(x)
-
-    def top_k_floor():
-        k = jnp.where(rows["top_k"] > 0, jnp.minimum(rows["top_k"], V), V)
-        return _search(image, jnp.ones_like(image, jnp.int32), k)
+    floor = floor_of(x, top, rows)
 
     def top_p_floor():
         mass = jnp.where(x >= floor[:, None], jnp.exp(x - top[:, None]), 0)
-        found = _search(image, mass, rows["top_p"] * jnp.sum(mass, axis=-1))
+        found = _search(_image_of(x), mass, rows["top_p"] * jnp.sum(mass, axis=-1))
         return jnp.where(rows["top_p"] < 1, found, -jnp.inf)
 
+    return jnp.maximum(floor, if_any(rows["top_p"] < 1, top_p_floor, jnp.full_like(top, -jnp.inf)))
+
+
+def floor_of(x: jax.Array, top: jax.Array, rows: Rows) -> jax.Array:
+    """float32[S]: `threshold` of min-p and top-k alone. top: each row's maximum."""
+    V = x.shape[1]
+
+    def top_k_floor():
+        image = _image_of(x)
+        k = jnp.where(rows["top_k"] > 0, jnp.minimum(rows["top_k"], V), V)
+        return _search(image, jnp.ones_like(image, jnp.int32), k)
+
     floor = top + jnp.log(rows["min_p"])
-    floor = jnp.maximum(floor, if_any(rows["top_k"], top_k_floor, nothing))
-    return jnp.maximum(floor, if_any(rows["top_p"] < 1, top_p_floor, nothing))
+    return jnp.maximum(floor, if_any(rows["top_k"], top_k_floor, jnp.full_like(top, -jnp.inf)))
 
 
 def _search(image, weights, wanted):
@@ -279,8 +344,9 @@ def _search(image, weights, wanted):
 
         return lax.fori_loop(0, 32 // bits, digit, jnp.zeros(len(image), jnp.uint32))
 
-    one_bit, a_digit = partial(search, 1), partial(search, _DIGIT)  # on a CPU, sums do not share a pass
-    found = lax.platform_dependent(image, weights, wanted, cpu=one_bit, default=a_digit)
+    # On a CPU sums do not share a pass; on a GPU each is two kernels more.
+    one_bit, a_digit = partial(search, 1), partial(search, _DIGIT)
+    found = lax.platform_dependent(image, weights, wanted, tpu=a_digit, default=one_bit)
     return _float_of(jnp.maximum(found, _image_of(jnp.float32(-jnp.inf))))
 
 

@@ -104,7 +104,7 @@ def next_tokens(
 ) -> SampleOutput:
     """The output head and the sampler: a token for each row of hidden [S, E]. slots, positions: int32[S], as
     sampler.sample has them."""
-    if variant != "full":
+    if variant in ("greedy", "random"):
         best_tokens = partial(model.apply, params, hidden, method="best_tokens")
         tokens = sampler.tokens_without_logits(best_tokens, sampling, slots, positions, variant)
         if tokens is not None:

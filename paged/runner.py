@@ -28,6 +28,11 @@ from paged.request import Request
 from paged.runner_shape import RunnerShape
 from paged.sampler import VARIANTS, SampleOutput, Variant
 
+# What XLA puts into CUDA graphs by itself, and loops. Outside, the host waits in each turn to be told whether there is
+# another, after all that was dispatched before, and dispatches nothing meanwhile.
+LOOPS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
 ADMIT_ROWS = 8  # requests whose slots one call writes
 SCORE_ROWS = 64  # prompt positions whose logprobs one call computes
 
@@ -150,8 +155,10 @@ class Runner:
     def lower_sampling(self, S: int, variant: Variant) -> jax.stages.Lowered:
         rows = StepRows(self._hidden(S), self._shape((3, S)))
         program = partial(sample_program, self.model, self.shape, variant)
-        lower = jax.jit(program, donate_argnums=(1, 2), out_shardings=self._everywhere).lower
-        return lower(_shapes(self._head), *self.state_shapes()[3:], rows)
+        in_graphs = self.model.compute.attention_backend == "mosaic_gpu" and variant in ("filtered", "full")
+        options = LOOPS_IN_GRAPHS if in_graphs else None
+        jitted = jax.jit(program, donate_argnums=(1, 2), out_shardings=self._everywhere, compiler_options=options)
+        return jitted.lower(_shapes(self._head), *self.state_shapes()[3:], rows)
 
     def lower_chain(self, step: StepShape) -> jax.stages.Lowered:
         state, packed = self.state_shapes(), self._shape((self.shape.chain, step.packed_size))
@@ -195,7 +202,7 @@ class Runner:
 
     def chain_length(self, step: PackedStep) -> int:
         """How many steps like this one call runs, if there are as many; else 1."""
-        return self.shape.chain if step.shape in self._chains and step.variant != "full" else 1
+        return self.shape.chain if step.shape in self._chains and step.variant in ("greedy", "random") else 1
 
     def execute(self, steps: Sequence[PackedStep]) -> list[StepHandle]:
         """Dispatches steps and the copies of their outputs; returns without waiting for either."""

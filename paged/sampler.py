@@ -3,10 +3,10 @@
 Shape letters: S rows of the step, V vocabulary, A requests admitted in a step; `slots` is the number of slots,
 and what a running request needs is in row `slot` of every array of a SlotState.
 
-It is compiled in three variants, from which the engine takes the cheapest that serves all rows of a step:
-"greedy" (argmax), "random" (temperature alone) and "full" (everything). Rows mix freely: a row's token is the
-same under every variant that can serve it, and in any company. Within "full", what no row asks for is skipped
-at run time.
+It is compiled in four variants, from which the engine takes the cheapest that serves all rows of a step:
+"greedy" (argmax), "random" (temperature alone), "filtered" (top-k, top-p and min-p too) and "full" (everything).
+Rows mix freely: a row's token is the same under every variant that can serve it, and in any company. Within "full",
+what no row asks for is skipped at run time.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from paged.draw import BLOCK, best, draw, draw_filtered, if_any, keys_of
+from paged.draw import BLOCK, best, draw, draw_adjusted, draw_filtered, if_any, keys_of
 from paged.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
-Variant = Literal["greedy", "random", "full"]
-VARIANTS: tuple[Variant, ...] = ("greedy", "random", "full")
+Variant = Literal["greedy", "random", "filtered", "full"]
+VARIANTS: tuple[Variant, ...] = ("greedy", "random", "filtered", "full")
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 _INTS = ("top_k", "min_length", "logprobs", "full")
@@ -82,7 +82,7 @@ class FullRow(NamedTuple):
 
 class SampleOutput(NamedTuple):
     """Tokens, and their logprobs: log softmax of the model's own logits, before bias, penalties and temperature.
-    The "greedy" and "random" variants have tokens alone; in "full" the rest is zeros if no row wants logprobs.
+    Variants but "full" have tokens alone; in "full" the rest is zeros if no row wants logprobs.
 
     Attributes:
       tokens: int32[S], -1 where the logits had a NaN.
@@ -112,9 +112,11 @@ def variant_of(params: SamplingParams) -> Variant:
     """The cheapest variant that serves the request."""
     filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
     logprobs = params.logprobs is not None or params.prompt_logprobs is not None
-    if needs_full_row(params) or filters or logprobs:
+    if needs_full_row(params) or logprobs:
         return "full"
-    return "greedy" if params.greedy else "random"
+    if params.greedy:
+        return "greedy"
+    return "filtered" if filters else "random"
 
 
 def pack_scalars(slot: int, params: SamplingParams, seed: int, prompt_len: int) -> np.ndarray:
@@ -249,7 +251,9 @@ def sample(
     rows = _rows_of(state, slots, positions)
     if variant == "random":
         return SampleOutput(draw(logits, rows))
-    tokens = draw_filtered(partial(_adjusted, logits, state, slots, rows), rows)
+    if variant == "filtered":
+        return SampleOutput(draw_filtered(logits, rows))
+    tokens = draw_adjusted(partial(_adjusted, logits, state, slots, rows), rows)
     scored = partial(prompt_logprobs, logits, tokens, max_logprobs)
     unscored = jax.tree.map(jnp.zeros_like, jax.eval_shape(scored))
     return if_any(rows["logprobs"], scored, unscored)._replace(tokens=tokens)
@@ -316,8 +320,8 @@ def _adjust(logits, state: SlotState, slots, rows, biased: bool):
     x = jnp.where(mine & too_short & _unpack(rows_of("stop_mask"), V), -jnp.inf, x)
 
     counts = jnp.where(mine, rows_of("counts"), 0)
-    factor = jnp.where(counts > 0, rows["repetition"][:, None], 1)
-    x = jnp.where(x > 0, x / factor, x * factor)
+    repetition = rows["repetition"][:, None]
+    x = jnp.where(counts > 0, x * jnp.where(x > 0, 1 / repetition, repetition), x)
     generated = counts >> 1
     return x - rows["frequency"][:, None] * generated - rows["presence"][:, None] * (generated > 0)
 

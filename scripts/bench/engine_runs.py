@@ -92,12 +92,17 @@ class Bench:
         }
         return {"machine": machine(), "engine": engine}
 
-    def add(self, items: Sequence[Item], temperature: float) -> list[str]:
+    def add(self, items: Sequence[Item], temperature: float, top_k: int = 0, top_p: float = 1.0) -> list[str]:
         """Queues requests that share no cached prefix with any before them; returns their ids."""
         ids = [f"bench-{next(self._ids)}" for _ in items]
         for id, item in zip(ids, items, strict=True):
             params = SamplingParams(
-                temperature=temperature, max_tokens=item.output_len, ignore_eos=True, detokenize=False
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                max_tokens=item.output_len,
+                ignore_eos=True,
+                detokenize=False,
             )
             self.engine.add_request(id, item.prompt, params, cache_salt=ids[0])
         return ids

@@ -23,6 +23,8 @@ class LatencyArgs:
     context: tuple[int, ...] = option((128, 1024), "tokens of each sequence, about; several values")
     steps: int = option(32, "decode steps under the clock, for one figure")
     temperature: float = option(0.0, "of the sampling; 0 is greedy")
+    top_k: int = option(0, "of the sampling; 0 is all")
+    top_p: float = option(1.0, "of the sampling")
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
@@ -57,7 +59,8 @@ def main(argv: list[str]) -> None:
             average = round(sum(length for _, length in timings) / measure.repeats)
             floor = bench.ceilings.seconds(*bench.cost.decode([average] * batch))
             roofline = against_floor(floor, seconds["median"], bench.ceilings)
-            workload = {"batch": batch, "context": average, "steps": args.steps, "temperature": args.temperature}
+            sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+            workload = {"batch": batch, "context": average, "steps": args.steps, **sampling}
             rate = batch / seconds["median"]
             report.add(
                 {
@@ -103,7 +106,7 @@ def time_decode(bench: Bench, batch: int, context: int, longest: int, args: Late
     """Seconds of a step with `batch` sequences, over `args.steps` of them, and the sequences' average length then."""
     engine = bench.engine
     items = fixed(batch, context, longest - context, bench.max_token_id)
-    ids = bench.add(items, args.temperature)
+    ids = bench.add(items, args.temperature, args.top_k, args.top_p)
     made = dict.fromkeys(ids, 0)
 
     def step_until(tokens: int) -> float:

@@ -22,7 +22,7 @@ def plain(folder):
 
 
 def chained(folder, **options):
-    """An engine as on a GPU: three variants, up to three steps in a call, one row of a decode sampled from as two; and
+    """An engine as on a GPU: four variants, up to three steps in a call, one row of a decode sampled from as two; and
     how long its calls were."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -46,7 +46,8 @@ def requests(seed: int, count: int):
         f"{seed}-{i}": (
             [rng.randrange(199) for _ in range(rng.randint(1, 40))],
             SamplingParams(
-                temperature=rng.choice([0, 0.9]), seed=rng.randrange(1000), max_tokens=rng.randint(1, 30),
+                temperature=rng.choice([0, 0.9]), top_k=rng.choice([0, 0, 0, 5]), seed=rng.randrange(1000),
+                max_tokens=rng.randint(1, 30),
                 logprobs=rng.choice([None] * 9 + [1]),
             ),
         )

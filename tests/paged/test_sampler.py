@@ -451,9 +451,9 @@ def test_nothing_is_computed_that_no_row_asks_for():
         ({"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.2}, "greedy", False),
         ({}, "random", False),
         ({"seed": 3, "temperature": 0.2, "stop_token_ids": [4]}, "random", False),
-        ({"top_p": 0.5}, "full", False),
-        ({"top_k": 3}, "full", False),
-        ({"min_p": 0.1}, "full", False),
+        ({"top_p": 0.5}, "filtered", False),
+        ({"top_k": 3}, "filtered", False),
+        ({"min_p": 0.1}, "filtered", False),
         ({"temperature": 0, "logprobs": 0}, "full", False),
         ({"prompt_logprobs": 0}, "full", False),
         ({"temperature": 0, "presence_penalty": 0.1}, "full", True),
@@ -500,9 +500,14 @@ def test_an_output_head_is_told_what_it_takes_the_same_tokens_with(variant):
 
 by_blocks = jax.jit(lambda x, rows: draw_module._draw_by_blocks(x, draw_module.keys_of(rows), rows["temperature"] == 0))
 plainly = jax.jit(lambda x, rows: draw_module._draw_plainly(x, draw_module.keys_of(rows), rows["temperature"] == 0))
-from_blocks = jax.jit(lambda x, rows: draw_module._draw_from_blocks(*draw_module._with_maxima(x, rows), rows))
-from_whole_rows = jax.jit(lambda x, rows: draw_module._draw_from_whole_rows(draw_module.at_temperature(x, rows), rows))
+from_whole_rows = jax.jit(lambda x, rows: draw_module._draw_from_rows(draw_module.at_temperature(x, rows), rows))
 in_one_pass = jax.jit(draw_module._best_in_one_pass)
+
+
+@jax.jit
+def from_blocks(logits, rows):
+    x = draw_module._tempered(logits, rows)
+    return draw_module._draw_from_blocks(lambda: x, draw_module.blocks_of(x), rows)
 
 
 def random_rows(rng, count):
@@ -513,7 +518,7 @@ def random_rows(rng, count):
 
     return {
         "temperature": some(rng.uniform(0.1, 2, count), 0).astype(np.float32),
-        "top_k": some(rng.choice([1, 2, 40, 255, 256, 257, 900, 10**6], count), 0).astype(np.int32),
+        "top_k": some(rng.choice([1, 2, 40, 63, 64, 65, 900, 10**6], count), 0).astype(np.int32),
         "top_p": some(rng.uniform(0.01, 0.999, count), 1).astype(np.float32),
         "min_p": some(rng.uniform(0, 0.5, count), 0).astype(np.float32),
         "seed_lo": rng.integers(0, 2**32, count, dtype=np.uint32),
