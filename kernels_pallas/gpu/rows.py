@@ -124,9 +124,15 @@ def _store(ref, x, start, stop, layout, shift=0):
                 place = [arith.addi(row, shift), *column]
                 if flat:
                     place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
-                vector.store(register, ref, place)
+                vector.store(register, ref, place, alignment=_bytes_of(register))
 
     store(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
+
+
+def _bytes_of(register) -> int:
+    """Of a thread's vector: where it is stored is a multiple of that. Not told so, LLVM cuts pairs of floats in two."""
+    kind = ir.VectorType(register.type)
+    return mgpu.bitwidth(kind.element_type) * kind.shape[0] // 8
 
 
 def _eight_columns(x):
