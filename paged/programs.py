@@ -2,7 +2,8 @@
 
 A step is two programs, so that the layers are compiled once for each of a step's shapes and the sampler once for each
 number of rows and each of its variants. The first leaves the hidden states that are sampled from, `StepRows`, on the
-device.
+device, where the last step's were: a program's kernels are in CUDA graphs, which XLA writes anew for a call whose
+buffers have other addresses, and that takes longer than a small step.
 """
 
 from functools import partial
@@ -21,6 +22,21 @@ from paged.runner_shape import RunnerShape
 from paged.sampler import SampleOutput, SlotState, Variant
 
 
+class StepRows(NamedTuple):
+    """What is sampled from. R is max_num_seqs; rows that a step has not are padding."""
+
+    hidden: jax.Array  # [R, E]
+    packed: jax.Array  # int32[3, R], SampledRows
+
+    def written(self, hidden, packed, scratch: int) -> "StepRows":
+        """In their place the rows hidden [S, E] and packed int32[3, S], and padding of the slot `scratch`."""
+        padding = jnp.zeros_like(self.packed).at[0].set(scratch)
+        return StepRows(lax.dynamic_update_slice(self.hidden, hidden, (0, 0)), padding.at[:, : len(hidden)].set(packed))
+
+    def first(self, count: int) -> "StepRows":
+        return StepRows(self.hidden[:count], self.packed[:, :count])
+
+
 class DeviceState(NamedTuple):
     """Donated to the programs that write it, and returned by them. `slots` below is max_num_seqs + 1: the last is
     scratch, which padding reads and writes."""
@@ -28,36 +44,24 @@ class DeviceState(NamedTuple):
     caches: Any  # one per layer
     block_tables: jax.Array  # int32[slots, P]
     hidden: jax.Array  # [largest T, E], of the last prompt step's tokens: what prompt logprobs are made from
+    rows: StepRows
     last_tokens: jax.Array  # int32[slots]
     sampling: SlotState
 
 
-class StepRows(NamedTuple):
-    """What is sampled from."""
-
-    hidden: jax.Array  # [S, E]
-    packed: jax.Array  # int32[3, S], SampledRows
-
-    def padded(self, count: int, scratch: int) -> "StepRows":
-        """With rows of the slot `scratch` up to `count`."""
-        if (S := len(self.hidden)) == count:
-            return self
-        packed = jnp.zeros((3, count), jnp.int32).at[0].set(scratch).at[:, :S].set(self.packed)
-        return StepRows(jnp.pad(self.hidden, ((0, count - S), (0, 0))), packed)
-
-
 def forward_program(
-    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, *arrays: Any
-) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
-    """`layers`, and as many rows as are sampled from after such a step."""
-    written, rows = layers(model, sizes, shape, params, *arrays)
-    return written, rows.padded(sizes.sampled_rows(shape), scratch=sizes.max_num_seqs)
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, rows, *inputs: Any
+) -> tuple[Any, jax.Array, jax.Array, StepRows]:
+    """`layers`: the first four of the DeviceState, which it writes."""
+    written, new = layers(model, sizes, shape, params, caches, block_tables, hidden, *inputs)
+    return *written, rows.written(*new, scratch=sizes.max_num_seqs)
 
 
 def layers(
     model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, last_tokens, packed
 ) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
-    """A step's layers. packed: int32[shape.packed_size]; the others as in DeviceState, whose first three it writes."""
+    """A step's layers, and what is sampled from after them, S rows. packed: int32[shape.packed_size]; the others as in
+    DeviceState, whose first three it writes."""
     inputs = shape.split(packed)
     kv_lens, scratch = inputs.kv_lens, sizes.max_num_seqs
     grows = inputs.new_blocks > 0
@@ -87,7 +91,14 @@ def layers(
 
 
 def sample_program(
-    model: nn.Module, sizes: RunnerShape, variant: Variant, head, last_tokens, sampling: SlotState, rows: StepRows
+    model: nn.Module, sizes: RunnerShape, variant: Variant, count: int, head, rows: StepRows, *state: Any
+) -> tuple[tuple[jax.Array, SlotState], SampleOutput]:
+    """`sample` for the first `count` rows."""
+    return sample(model, sizes, variant, head, rows.first(count), *state)
+
+
+def sample(
+    model: nn.Module, sizes: RunnerShape, variant: Variant, head, rows: StepRows, last_tokens, sampling: SlotState
 ) -> tuple[tuple[jax.Array, SlotState], SampleOutput]:
     """The head and the sampler. head: models.head_params; last_tokens and sampling as in DeviceState, which it writes.
     Rows of the output are in the order of plan.scheduled."""
@@ -122,10 +133,10 @@ def chain_program(
     head = head_params(params)
 
     def step(i, carry):
-        (caches, block_tables, hidden, last_tokens, sampling), tokens = carry
-        written, rows = layers(model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i])
-        chosen, output = sample_program(model, sizes, "random", head, last_tokens, sampling, rows)
-        return DeviceState(*written, *chosen), tokens.at[i].set(output.tokens)
+        (caches, block_tables, hidden, rows, last_tokens, sampling), tokens = carry
+        written, new = layers(model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i])
+        chosen, output = sample(model, sizes, "random", head, new, last_tokens, sampling)
+        return DeviceState(*written, rows, *chosen), tokens.at[i].set(output.tokens)
 
     return lax.fori_loop(0, len(packed), step, (state, jnp.zeros((len(packed), shape.S), jnp.int32)))
 

@@ -84,6 +84,7 @@ class Runner:
             caches=sharded(caches, self.model.compute.mesh, CACHE),
             block_tables=self._shape((slots, s.blocks_per_seq)),
             hidden=self._hidden(s.prompt_sizes[-1]),
+            rows=StepRows(self._hidden(s.max_num_seqs), self._shape((3, s.max_num_seqs))),
             last_tokens=self._shape((slots,)),
             sampling=jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampling),
         )
@@ -147,18 +148,17 @@ class Runner:
 
     def lower_forward(self, step: StepShape) -> jax.stages.Lowered:
         state, everywhere = self.state_shapes(), self._everywhere
-        placed = (_places(state.caches), everywhere, everywhere), everywhere
+        placed = _places(state.caches), everywhere, everywhere, everywhere
         program = partial(forward_program, self.model, self.shape, step)
-        lower = jax.jit(program, donate_argnums=(1, 2, 3), out_shardings=placed).lower
-        return lower(_shapes(self.params), *state[:4], self._shape((step.packed_size,)))
+        lower = jax.jit(program, donate_argnums=(1, 2, 3, 4), out_shardings=placed).lower
+        return lower(_shapes(self.params), *state[:5], self._shape((step.packed_size,)))
 
     def lower_sampling(self, S: int, variant: Variant) -> jax.stages.Lowered:
-        rows = StepRows(self._hidden(S), self._shape((3, S)))
-        program = partial(sample_program, self.model, self.shape, variant)
+        program = partial(sample_program, self.model, self.shape, variant, S)
         in_graphs = self.model.compute.attention_backend == "mosaic_gpu" and variant in ("filtered", "full")
         options = LOOPS_IN_GRAPHS if in_graphs else None
-        jitted = jax.jit(program, donate_argnums=(1, 2), out_shardings=self._everywhere, compiler_options=options)
-        return jitted.lower(_shapes(self._head), *self.state_shapes()[3:], rows)
+        jitted = jax.jit(program, donate_argnums=(2, 3), out_shardings=self._everywhere, compiler_options=options)
+        return jitted.lower(_shapes(self._head), *self.state_shapes()[3:])
 
     def lower_chain(self, step: StepShape) -> jax.stages.Lowered:
         state, packed = self.state_shapes(), self._shape((self.shape.chain, step.packed_size))
@@ -216,8 +216,8 @@ class Runner:
             self._forwards[step.shape],
             self._samplings[self.shape.sampled_rows(step.shape), step.variant],
         )
-        written, rows = forward(self.params, *self.state[:4], self._send(step.packed))
-        chosen, sampled = sampling(self._head, *self.state[3:], rows)
+        written = forward(self.params, *self.state[:5], self._send(step.packed))
+        chosen, sampled = sampling(self._head, *written[3:], *self.state[4:])
         self.state = DeviceState(*written, *chosen)
         scores = list(self._score_prompts(step.plan))
         for array in jax.tree.leaves((sampled, [arrays for _, _, arrays in scores])):

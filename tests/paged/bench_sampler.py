@@ -124,7 +124,7 @@ class Bench:
         written = [jnp.zeros(self.rows + 1, jnp.int32), state]
 
         def call():
-            written[:], output = self.programs[variant](self.head, *written, StepRows(hidden, packed))
+            written[:], output = self.programs[variant](self.head, StepRows(hidden, packed), *written)
             return output
 
         whole, dispatch = seconds(call)
