@@ -20,6 +20,7 @@ from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, ti
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
+WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
 ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
 
 
@@ -55,10 +56,11 @@ class LinearConfig:
             rounds = pl.cdiv(row_tiles * (F // features) * splits, sms)
             return rounds * ((rows + halves * features) * C // splits * 2 + ITEM_COST)
 
-        widest = 128 if gated else 256
+        widest = (WIDE if M <= 4 * ROWS else 256) // halves
         features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
         column = (rows + halves * features) * 2
-        depth = 128 if C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
+        # Longer pieces of W's rows are read faster, if beside the stages that warpgroups work on some are on their way.
+        depth = 128 if C % 128 == 0 and column * 128 * (3 + warpgroups) <= SHARED_MEMORY else 64
         return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12))
 
 
@@ -75,8 +77,10 @@ def unsupported(x, kernel, activation: str | None = None) -> str | None:
 
 
 def slower_than_xla(x, kernel) -> bool:
-    """As measured on an H100: with very few rows XLA's sums over W's rows are faster, with many its products."""
-    M, large = x.shape[0], 1 << 25
+    """As measured on an H100: with very few rows XLA's sums over W's rows are faster, with many its products, sooner if
+    the last tile of x is not full: the copy engine is slow behind x's end."""
+    M = x.shape[0]
+    large = 1 << (25 if M % (2 * ROWS) else 28)
     return not 8 <= M <= 256 or kernel.shape[0] > 65536 or (M > 128 and kernel.size > large)
 
 
@@ -123,7 +127,7 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
         kernel_name="linear",
         scratch_types=[
             plgpu.SMEM((config.stages, config.warpgroups, ROWS, config.depth), x.dtype, transforms=TILED),
-            plgpu.SMEM((config.stages, halves, config.features, config.depth), x.dtype, transforms=TILED),
+            plgpu.SMEM((config.stages, halves * config.features, config.depth), x.dtype, transforms=TILED),
             *(full, free),
         ],
         compiler_params=PARAMS,
@@ -136,6 +140,7 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
     stages, depth, features = jnp.int32(config.stages), config.depth, config.features
     mine = lax.div(items - cta + ctas - 1, ctas)
+    unit = 64 if C % 128 else 128  # of which splits have a whole number, whatever the depth of stages
 
     def item(i):
         """Row of x, split, row of W, and the range of stages along C. Neighbours have the same rows of W."""
@@ -144,7 +149,7 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
         i = lax.div(i, jnp.int32(row_tiles))
         split = lax.rem(i, jnp.int32(config.splits))
         feature = lax.div(i, jnp.int32(config.splits)) * features
-        begin, end = (lax.div((split + j) * (C // depth), jnp.int32(config.splits)) for j in range(2))
+        begin, end = (lax.div((split + j) * (C // unit), jnp.int32(config.splits)) * (unit // depth) for j in range(2))
         return row, split, feature, begin, end
 
     @pl.when(me < config.warpgroups)
@@ -152,22 +157,21 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
         def multiply(i, step):
             row, split, feature, begin, end = item(i)
 
-            def sums(*accs):
+            def sums(acc):
                 def stage(k, _):
                     slot = lax.rem(step + k, stages)
                     plgpu.barrier_wait(ready.at[slot])
-                    for half, acc in enumerate(accs):
-                        plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot, half].transpose((1, 0)))
-                    plgpu.wgmma_wait(halves)
+                    plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + k - 1, stages)]))
 
                 lax.fori_loop(0, end - begin, stage, None)
-                return [acc[...] for acc in accs]
+                return acc[...]
 
-            found = pl.run_scoped(sums, *[plgpu.ACC((ROWS, features), jnp.float32)] * halves)
+            found = pl.run_scoped(sums, plgpu.ACC((ROWS, halves * features), jnp.float32))
             step += end - begin
             plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
-            y = found[0] if activation is None else activation(found[0]) * found[1]
+            y = found if activation is None else activation(found[:, :features]) * found[:, features:]
             row += me * ROWS
             store_rows(out.at[split, :, pl.ds(feature, features)], y.astype(out.dtype), M - row, to=row)
             return step
@@ -187,7 +191,7 @@ def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, ac
                 pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for half in range(halves):
                     rows = w.at[half, pl.ds(feature, features), columns]
-                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, pl.ds(half * features, features)], ready.at[slot])
                 for g in range(config.warpgroups):
                     rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
                     plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
