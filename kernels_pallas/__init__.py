@@ -20,10 +20,9 @@ from kernels_pallas.linear import (
     linear,
     linear_parts,
     rms_norm,
-    sum_parts,
 )
 from kernels_pallas.quantize import is_quantized, quantize, vector_bytes
-from kernels_pallas.rotary import apply_rotary
+from kernels_pallas.rotary import apply_rotary, sum_parts
 
 __all__ = [
     "ACTIVATIONS",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantize import is_quantized
-from kernels_pallas.rotary import Tables, apply_rotary, rms_norm
+from kernels_pallas.rotary import Tables, apply_rotary, rms_norm, sum_parts
 
 log = logging.getLogger(__name__)
 
@@ -174,28 +174,32 @@ def ragged_paged_attention(
 
 
 def qkv_attention(
-    qkv: jax.Array,
+    parts: jax.Array,
     rotary: Tables,
     norms: QKNorm | None,
     cache: Cache,
     batch: AttentionBatch,
     *,
     num_heads: int,
+    dtype: Any,
     backend: str,
     **options: Any,
 ) -> tuple[jax.Array, Cache]:
     """From a fused projection to attention: q/k norm, rotary embedding and `ragged_paged_attention`.
 
     Args:
-      qkv: [T, H + 2K, D]: the heads of queries, keys and values.
+      parts: [any, T, H + 2K, D], what the projection is the sum of (`linear_parts`): the heads of queries, keys and
+        values.
       rotary: cos and sin, float32[T, 1, R / 2] with R <= D.
       norms: of queries and keys, before the rotary embedding; None: there are none.
+      dtype: of queries, keys and values, to which the sum is rounded, and of the result.
       options: as of ragged_paged_attention.
     """
     implementation = _implementation(backend)
     if hasattr(implementation, "qkv_attention"):
-        return implementation.qkv_attention(qkv, rotary, norms, cache, batch, num_heads=num_heads, **options)
-    q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
+        options |= {"num_heads": num_heads, "dtype": jnp.dtype(dtype)}
+        return implementation.qkv_attention(parts, rotary, norms, cache, batch, **options)
+    q, k, v = rotated_qkv(sum_parts(parts, dtype), rotary, norms, num_heads)
     return ragged_paged_attention(q, k, v, cache, batch, backend=backend, **options)
 
 

@@ -13,6 +13,7 @@ from jax import lax
 
 from kernels_pallas.attention import UnsupportedShapeError
 from kernels_pallas.rotary import rms_norm as rms_norm_through_xla
+from kernels_pallas.rotary import sum_parts
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -39,11 +40,6 @@ def linear_parts(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, de
 
         return linear.linear_parts(x, kernel, out_dtype=out_dtype)
     return through_xla(x, kernel, out_dtype)[None]
-
-
-def sum_parts(parts: jax.Array, dtype) -> jax.Array:
-    """[parts, T, F] -> [T, F] of dtype, added in their order."""
-    return sum(parts[1:], start=parts[0]).astype(dtype)
 
 
 def gated_linear(

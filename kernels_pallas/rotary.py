@@ -1,10 +1,15 @@
-"""Norm and rotary embedding of heads, in plain jnp."""
+"""What is between a projection and attention, in plain jnp: adding its parts, norms and rotary embedding of heads."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 Tables = tuple[jax.Array, jax.Array]  # cos and sin, float32[T, 1, R / 2]
+
+
+def sum_parts(parts: jax.Array, dtype) -> jax.Array:
+    """[parts, T, ...] -> [T, ...] of dtype, added in their order."""
+    return sum(parts[1:], start=parts[0]).astype(dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:

@@ -53,7 +53,8 @@ class Attention(nn.Module):
         """x [T, E] -> parts [any, T, E] of the result, and the cache."""
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
-        qkv = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv")(x).reshape(-1, H + 2 * K, D)
+        parts = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv").parts(x)
+        parts = parts.reshape(*parts.shape[:2], H + 2 * K, D)
         norms = sinks = None
         if c.qk_norm:
             q_norm, k_norm = (NormScale(D, self.compute.dtype, name=name)() for name in ("q_norm", "k_norm"))
@@ -61,8 +62,8 @@ class Attention(nn.Module):
         if c.attention_sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (H,), self.compute.dtype).astype(jnp.float32)
         out, cache = attend(
-            qkv_attention, self.compute.mesh, (qkv,), (rotary, norms), cache, batch,
-            num_heads=H // self.compute.shards,
+            qkv_attention, self.compute.mesh, (parts,), (rotary, norms), cache, batch,
+            num_heads=H // self.compute.shards, dtype=self.compute.dtype,
             scale=c.attention_scale or D**-0.5, window=self.window, soft_cap=c.attention_soft_cap, sinks=sinks,
             backend=self.compute.attention_backend,
         )  # fmt: skip

@@ -180,13 +180,14 @@ def attend(
     **options: Any,
 ) -> tuple[jax.Array, Any]:
     """`function(*by_head, *shared, cache, batch, sinks=sinks, **options)`, an attention of kernels_pallas, each device
-    with its own heads: a compiler cannot split a kernel by itself. Arrays `by_head` are [T, heads, D]."""
+    with its own heads: a compiler cannot split a kernel by itself. Arrays `by_head` are [..., heads, D]."""
     if mesh is None or mesh.shape["tensor"] == 1:
         return function(*by_head, *shared, cache, batch, sinks=sinks, **options)
 
     def local(by_head, shared, cache, batch, sinks):
         return function(*by_head, *shared, cache, batch, sinks=sinks, **options)
 
-    specs = (HEADS, PartitionSpec(), CACHE, PartitionSpec(), PartitionSpec("tensor"))
+    heads = tuple(PartitionSpec(*[None] * (x.ndim - 2), "tensor") for x in by_head)
+    specs = (heads, PartitionSpec(), CACHE, PartitionSpec(), PartitionSpec("tensor"))
     split = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(HEADS, CACHE), check_vma=False)
     return split(by_head, shared, cache, batch, sinks)

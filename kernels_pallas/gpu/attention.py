@@ -11,6 +11,7 @@ from kernels_pallas.gpu.decode_eight_bits import decode_eight_bits
 from kernels_pallas.gpu.prefill import prefill_attention
 from kernels_pallas.gpu.qkv import rotate_and_write
 from kernels_pallas.quantize import is_quantized
+from kernels_pallas.rotary import sum_parts
 
 log = logging.getLogger(__name__)
 cache_shape = reference.cache_shape  # a [N, D] slab of one block and head is contiguous: one copy fetches it
@@ -26,22 +27,23 @@ def ragged_paged_attention(q, k, v, cache, batch, *, scale, window=None, soft_ca
     return _attend(q.astype(dtype), cache, batch, **options).astype(q.dtype), cache
 
 
-def qkv_attention(qkv, rotary, norms, cache, batch, *, num_heads, scale, window=None, soft_cap=None, sinks=None):
+def qkv_attention(
+    parts, rotary, norms, cache, batch, *, num_heads, dtype, scale, window=None, soft_cap=None, sinks=None
+):
     """See kernels_pallas.attention."""
     options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
-    T, _, D = qkv.shape
+    _, T, _, D = parts.shape
     tables = [table.reshape(T, -1) for table in rotary]
-    same = qkv.dtype == cache[0].dtype or is_quantized(cache[0].dtype)
-    if not same or 2 * tables[0].shape[1] != D or _falls_back(num_heads, qkv.dtype, cache, batch):
-        q, k, v = rotated_qkv(qkv, rotary, norms, num_heads)
+    same = dtype == cache[0].dtype or is_quantized(cache[0].dtype)
+    if not same or 2 * tables[0].shape[1] != D or _falls_back(num_heads, dtype, cache, batch):
+        q, k, v = rotated_qkv(sum_parts(parts, dtype), rotary, norms, num_heads)
         return ragged_paged_attention(q, k, v, cache, batch, **options)
     block, offset = reference.places(T, cache, batch)
     weights, epsilon, norm_offset = (
         (None, 0.0, 0.0) if norms is None else ((norms.q, norms.k), norms.epsilon, norms.offset)
     )
-    q, cache = rotate_and_write(
-        qkv, tables, weights, cache, block, offset, num_heads=num_heads, epsilon=epsilon, norm_offset=norm_offset
-    )
+    heads = {"num_heads": num_heads, "dtype": dtype, "epsilon": epsilon, "norm_offset": norm_offset}
+    q, cache = rotate_and_write(parts, tables, weights, cache, block, offset, **heads)
     return _attend(q, cache, batch, **options), cache
 
 

@@ -50,28 +50,12 @@ def block_at(tables, seq, token, N, p):
 
 def load_rows(ref, count) -> jax.Array:
     """The first `count` rows of ref [any, D], as [ROWS, D]; the rest repeat the last, or row 0 where there is none."""
-    return _load(ref, count, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA)
-
-
-def load_heads(ref, first) -> jax.Array:
-    """Rows `first` on of ref [rows, D], as [ROWS, D]; behind its end, the last again."""
-    return _load(ref, ref.shape[0], (ROWS, ref.shape[1]), plgpu.Layout.WGMMA, first)
-
-
-def load_row(ref) -> jax.Array:
-    """ref [D] as what can be broadcast down the rows of [ROWS, D]."""
-    return _load(ref, None, ref.shape, plgpu.Layout.WGMMA.reduce(0))
+    return load(ref, (ROWS, ref.shape[1]), plgpu.Layout.WGMMA, count)
 
 
 def load_column(ref, count) -> jax.Array:
     """ref [any] as [ROWS], what can be broadcast along the columns of [ROWS, D]; from `count` on, the last again."""
-    return _load(ref, count, (ROWS,), plgpu.Layout.WGMMA.reduce(1))
-
-
-def store_heads(ref, x, first, start, stop) -> None:
-    """Row r of x [ROWS, D] or [ROWS] is head first + r: stores heads `start` to `stop` - 1 to ref [stop - start, D]."""
-    layout = plgpu.Layout.WGMMA if x.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
-    _store(ref, x, start - first, stop - first, layout, first - start)
+    return load(ref, (ROWS,), plgpu.Layout.WGMMA.reduce(1), count)
 
 
 def store_rows(ref, x, stop, start=0, to=0) -> None:
@@ -79,22 +63,23 @@ def store_rows(ref, x, stop, start=0, to=0) -> None:
 
     A row of 16-bit numbers in ref must begin at a multiple of 16 bytes.
     """
-    _store(ref, x, start, stop, plgpu.Layout.WGMMA, to)
+    store(ref, x, start, stop, plgpu.Layout.WGMMA, to)
 
 
 def store_column(ref, x, count) -> None:
     """Stores the first `count` values of x [ROWS] to ref [any]."""
-    _store(ref, x, 0, count, plgpu.Layout.WGMMA.reduce(1))
+    store(ref, x, 0, count, plgpu.Layout.WGMMA.reduce(1))
 
 
-def _load(ref, count, shape, layout, first=0):
-    """Row r of the result is ref's row first + r, or its row count - 1 where that comes before."""
+def load(ref, shape, layout, count=None, first=0) -> jax.Array:
+    """ref as an array of `shape` in a tiled layout. With `count`, row r is ref's row first + r, or its row count - 1
+    where that comes before (row 0, if there is none)."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
     )
-    def load(_, ref, count_, first):
+    def load_registers(_, ref, count_, first):
         index, tiled = ir.IndexType.get(), layout.to_mgpu()
         first, last = (arith.index_cast(index, x.registers.item()) for x in (first, count_))
         last = arith.maxsi(arith.subi(last, mgpu.c(1, index)), mgpu.c(0, index))
@@ -105,15 +90,15 @@ def _load(ref, count, shape, layout, first=0):
             registers.flat[i] = vector.load(kind, ref, [row, *column])
         return FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
 
-    return load(ref, jnp.asarray(0 if count is None else count, jnp.int32), jnp.asarray(first, jnp.int32))
+    return load_registers(ref, jnp.asarray(0 if count is None else count, jnp.int32), jnp.asarray(first, jnp.int32))
 
 
-def _store(ref, x, start, stop, layout, shift=0):
-    """Rows `start` to `stop` - 1 of x go to ref's rows that are `shift` further."""
+def store(ref, x, start, stop, layout, shift=0) -> None:
+    """Rows `start` to `stop` - 1 of x, in a tiled layout, go to ref's rows that are `shift` further."""
     flat = len(ref.shape) < x.ndim
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
-    def store(_, ref, x, *bounds):
+    def store_registers(_, ref, x, *bounds):
         index = ir.IndexType.get()
         if mgpu.bitwidth(x.mlir_dtype) == 16 and x.layout == WGMMA_LAYOUT and x.shape[1] % 32 == 0:
             x = _eight_columns(x)
@@ -126,7 +111,7 @@ def _store(ref, x, start, stop, layout, shift=0):
                     place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
                 vector.store(register, ref, place, alignment=_bytes_of(register))
 
-    store(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
+    store_registers(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
 
 
 def _bytes_of(register) -> int:

@@ -10,6 +10,7 @@ from kernels_pallas import (
     UnsupportedShapeError,
     cache_shape,
     latent_cache_shape,
+    qkv_attention,
     quantize,
     ragged_paged_attention,
     reference,
@@ -180,6 +181,26 @@ def test_a_backend_without_a_kernel_for_it_says_so(caplog):
     ]
     np.testing.assert_array_equal(*out)
     assert "plain XLA" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic_gpu"])
+def test_parts_of_a_projection_are_added_in_order_and_rounded(backend):
+    """By plain jnp too, which serves heads that a backend has no kernel for."""
+    H, K, D, T = 4, 1, 24, 7
+    rng = np.random.default_rng(0)
+    batch = RaggedBatch(rng, [(40, 1), (5, 5)], H=H, K=K, D=D, S=T, T=T, num_decodes=1, dtype=jnp.bfloat16)
+    parts = rng.standard_normal((3, T, H + 2 * K, D)).astype(np.float32)
+    whole = ((parts[0] + parts[1]) + parts[2]).astype(jnp.bfloat16)
+    angles = rng.standard_normal((T, 1, D // 2)).astype(np.float32)
+    run = jax.jit(
+        lambda parts: qkv_attention(
+            parts, (jnp.cos(angles), jnp.sin(angles)), None, batch.cache, batch.batch, num_heads=H,
+            dtype=jnp.bfloat16, scale=0.2, backend=backend,
+        )
+    )  # fmt: skip
+    for ours, expected in zip(*(jax.tree.leaves(run(x)) for x in (parts, whole[None])), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours.astype(jnp.float32), expected.astype(jnp.float32))
 
 
 def test_result_of_a_sequence_does_not_depend_on_its_neighbours():

@@ -27,10 +27,11 @@ def array(shape, dtype=jnp.int32):
 
 
 def compile_step(
-    H, K, D, N, *, T, S, P=33, dtype="bfloat16", cache_dtype=None, sinks=False, decode_only=False, fused=False,
+    H, K, D, N, *, T, S, P=33, dtype="bfloat16", cache_dtype=None, sinks=False, decode_only=False, fused=0,
     norms=False, **options,
 ):  # fmt: skip
-    """Attention as a layer calls it; `fused`: from the projection, with or without norms of queries and keys."""
+    """Attention as a layer calls it; `fused`: from so many parts of the projection, with or without norms of queries
+    and keys."""
     batch = AttentionBatch(array((S,)), array((S, P)), array((S + 1,)), array((2,)), decode_only=decode_only)
     cache = cache_shape(100, N, K, D, cache_dtype or dtype, backend="mosaic_gpu")
     sinks = array((H,), jnp.float32) if sinks else None
@@ -38,8 +39,9 @@ def compile_step(
     if fused:
         table = array((T, 1, D // 2), jnp.float32)
         weights = QKNorm(*[array((D,), dtype)] * 2, epsilon=1e-6) if norms else None
-        inputs = array((T, H + 2 * K, D), dtype), (table, table), weights
-        function = partial(qkv_attention, num_heads=H, **options)
+        parts = array((fused, T, H + 2 * K, D), jnp.float32 if fused > 1 else dtype)
+        inputs = parts, (table, table), weights
+        function = partial(qkv_attention, num_heads=H, dtype=dtype, **options)
     else:
         inputs = tuple(array((T, heads, D), dtype) for heads in (H, K, K))
         function = partial(ragged_paged_attention, **options)

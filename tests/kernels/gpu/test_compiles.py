@@ -14,11 +14,11 @@ pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="
 FEW = [
     {"H": 32, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True},
     {"H": 9, "K": 3, "D": 64, "N": 16, "T": 128, "S": 8},
-    {"H": 16, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True, "fused": True, "norms": True},
-    {"H": 4, "K": 1, "D": 256, "N": 32, "T": 128, "S": 8, "window": 512, "fused": True, "norms": True},
+    {"H": 16, "K": 8, "D": 128, "N": 16, "T": 64, "S": 64, "decode_only": True, "fused": 1, "norms": True},
+    {"H": 4, "K": 1, "D": 256, "N": 32, "T": 128, "S": 8, "window": 512, "fused": 1, "norms": True},
     {"H": 64, "K": 8, "D": 64, "N": 64, "T": 128, "S": 8, "window": 128, "sinks": True, "soft_cap": 30.0},
 ]
-EIGHT_BITS = {"D": 128, "N": 64, "T": 64, "S": 64, "fused": True, "norms": True}
+EIGHT_BITS = {"D": 128, "N": 64, "T": 64, "S": 64, "fused": 4, "norms": True}
 FEW += [
     {"H": 32, "K": 8, **EIGHT_BITS, "decode_only": True, "cache_dtype": "int8"},
     {"H": 16, "K": 8, **EIGHT_BITS, "cache_dtype": "float8_e4m3fn", "window": 512, "soft_cap": 30.0},
@@ -26,7 +26,7 @@ FEW += [
 MANY = [
     {"H": 16 if G > 8 else 24, "K": (16 if G > 8 else 24) // G, "D": D, "N": N, "T": 200, "S": 7, **options}
     for G, D, N in [(1, 64, 16), (3, 64, 32), (4, 128, 64), (6, 128, 128), (8, 128, 16), (16, 128, 32), (2, 256, 16)]
-    for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"}, {"fused": True})
+    for options in ({}, {"window": 300, "soft_cap": 30.0, "sinks": True}, {"dtype": "float16"}, {"fused": 1})
 ]
 EXPERTS = [  # of Qwen3-30B-A3B, 64 tokens and 4,096, and of gpt-oss
     {"X": 128, "M": 512, "F": 1536, "C": 2048, "activation": "silu"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import QKNorm, quantize, reference
+from kernels_pallas import QKNorm, quantize, reference, sum_parts
 from kernels_pallas.attention import rotated_qkv
 from kernels_pallas.gpu.qkv import rotate_and_write
 from tests.kernels.gpu import paged
@@ -15,44 +15,63 @@ from tests.kernels.gpu import paged
 pytestmark = pytest.mark.gpu
 
 
-SHAPES = [  # T, H, K, D, N
-    (64, 16, 8, 128, 16),
-    (1, 32, 8, 128, 64),
-    (130, 9, 3, 64, 16),
-    (33, 4, 1, 256, 32),
-    (7, 64, 8, 128, 16),
+SHAPES = [  # T, H, K, D, N, parts of the projection
+    (64, 16, 8, 128, 16, 1),
+    (1, 32, 8, 128, 64, 4),
+    (130, 9, 3, 64, 16, 3),
+    (33, 4, 1, 256, 32, 1),
+    (7, 64, 8, 128, 16, 2),
+    (3, 2, 1, 128, 16, 1),
 ]
 
 
-def case(T, H, K, D, N, normed, dtype):
+def case(T, H, K, D, N, num_parts, normed, cache_dtype, dtype="bfloat16"):
     """Arguments of rotate_and_write, and what its parts in plain jnp make of them: q, k, v."""
     rng = np.random.default_rng()
     B = T // N + 5
-    qkv = jnp.asarray(rng.normal(size=(T, H + 2 * K, D)), jnp.bfloat16)
+    parts = jnp.asarray(rng.normal(size=(num_parts, T, H + 2 * K, D)), "float32" if num_parts > 1 else dtype)
     angles = jnp.asarray(rng.normal(size=(T, D // 2)) * 30, jnp.float32)
     tables = jnp.cos(angles), jnp.sin(angles)
-    weights = tuple(jnp.asarray(rng.normal(size=D), jnp.bfloat16) for _ in range(2)) if normed else None
+    weights = tuple(jnp.asarray(rng.normal(size=D), dtype) for _ in range(2)) if normed else None
     cache = tuple(
-        jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype) for x in reference.cache_shape(B, N, K, D, jnp.dtype(dtype))
+        jnp.asarray(rng.normal(size=x.shape) * 9, x.dtype)
+        for x in reference.cache_shape(B, N, K, D, jnp.dtype(cache_dtype))
     )
     place = rng.permutation(B * N)[:T]
     block, offset = (jnp.asarray(x, jnp.int32) for x in (place // N, place % N))
     norms = QKNorm(*weights, 1e-6, 1.0) if normed else None
-    parts = jax.jit(rotated_qkv, static_argnums=3)(qkv, tuple(t[:, None] for t in tables), norms, H)
-    write = jax.jit(partial(rotate_and_write, num_heads=H, epsilon=1e-6, norm_offset=1.0))
-    return partial(write, qkv, tables, weights), cache, block, offset, parts
+    by_parts = jax.jit(lambda parts, *args: rotated_qkv(sum_parts(parts, dtype), *args, H))
+    expected = by_parts(parts, tuple(t[:, None] for t in tables), norms)
+    options = {"num_heads": H, "dtype": jnp.dtype(dtype), "epsilon": 1e-6, "norm_offset": 1.0}
+    return (
+        partial(jax.jit(partial(rotate_and_write, **options)), parts, tables, weights),
+        cache,
+        block,
+        offset,
+        expected,
+    )
 
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_its_parts(shape, normed):
-    write, cache, block, offset, (q, k, v) = case(*shape, normed, jnp.bfloat16)
-    expected = q, cache[0].at[block, :, offset].set(k), cache[1].at[block, :, offset].set(v)
-    ours = write(cache, block, offset)
-    ours = ours[0], *ours[1]
-    for x, y in zip(ours, expected, strict=True):
-        assert paged.error(x, y) < 1e-2
-    np.testing.assert_array_equal(ours[2].astype(jnp.float32), expected[2].astype(jnp.float32))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_agrees_with_its_parts(shape, normed, dtype):
+    write, cache, block, offset, (q, k, v) = case(*shape, normed, dtype, dtype)
+    our_q, ours = write(cache, block, offset)
+    our_k, our_v = (x[block, :, offset] for x in ours)
+    assert paged.error(our_q, q) < 1e-2
+    assert paged.error(our_k, k) < 1e-2
+    np.testing.assert_array_equal(our_v.astype(jnp.float32), v.astype(jnp.float32))
+    check_the_rest(ours, cache, block, offset)
+
+
+def check_the_rest(ours, cache, block, offset):
+    """Of the cache is as it was."""
+    untouched = np.ones((cache[0].shape[0], cache[0].shape[2]), bool)
+    untouched[np.asarray(block), np.asarray(offset)] = False
+    for x, y in zip(ours, cache, strict=True):
+        x, y = (np.moveaxis(np.asarray(z, np.float32), 1, 2)[untouched] for z in (x, y))
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -73,7 +92,4 @@ def test_eight_bits_are_those_of_quantize(shape, dtype, normed):
         numbers = values.astype(jnp.float32) * scales[..., None]
         close = np.abs(numbers - part.astype(jnp.float32)) <= (step / 2 + 1e-2) * np.abs(part).max(-1, keepdims=True)
         assert np.asarray(close).all()
-    untouched = np.ones(cache[0].shape[:3], bool)
-    untouched[np.asarray(block), :, np.asarray(offset)] = False
-    for x, y in zip(ours, cache, strict=True):
-        np.testing.assert_array_equal(np.asarray(x, np.float32)[untouched], np.asarray(y, np.float32)[untouched])
+    check_the_rest(ours, cache, block, offset)
