@@ -44,7 +44,7 @@ class MachineDefaults(NamedTuple):
 # saves a dozen programs for a few percent of a step. Hopper's tensor cores take 8 rows in the time of 2, and a head
 # takes as long for 1 row as for 8, for 16 as for 32, for 96 as for 128 and for 192 as for 256.
 ON_CPU, ON_TPU = (1, 4, 16, 64, 256, 1024), (16, 64, 256, 1024)
-ON_GPU = (1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+ON_GPU = (1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
 SAMPLED_ON_GPU = (8, 32, 64, 128, 256, 512, 1024)
 DEFAULTS = {
     "cpu": MachineDefaults(16, 512, ON_CPU, ON_CPU, 32, 4, ("full",), 1, 16, 16),
