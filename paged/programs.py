@@ -125,17 +125,17 @@ def next_tokens(
 
 
 def chain_program(
-    model: nn.Module, sizes: RunnerShape, shape: StepShape, variant: Variant, params, state: DeviceState, packed
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, state: DeviceState, packed
 ) -> tuple[DeviceState, jax.Array]:
-    """Decode steps one after the other, one program. variant: not "full"; packed: int32[steps, shape.packed_size];
-    gives the tokens, int32[steps, S]."""
+    """Decode steps one after the other, one program. packed: int32[steps, shape.packed_size]; gives the tokens,
+    int32[steps, S]."""
 
     head = head_params(params)
 
     def step(i, carry):
         (caches, block_tables, hidden, rows, last_tokens, sampling), tokens = carry
         written, new = layers(model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i])
-        chosen, output = sample(model, sizes, variant, head, new, last_tokens, sampling)
+        chosen, output = sample(model, sizes, "random", head, new, last_tokens, sampling)
         return DeviceState(*written, rows, *chosen), tokens.at[i].set(output.tokens)
 
     return lax.fori_loop(0, len(packed), step, (state, jnp.zeros((len(packed), shape.S), jnp.int32)))

@@ -67,7 +67,7 @@ class Runner:
         self._head = head_params(params)
         self._forwards: dict[StepShape, Any] = {}
         self._samplings: dict[tuple[int, Variant], Any] = {}
-        self._chains: dict[tuple[StepShape, Variant], Any] = {}
+        self._chains: dict[StepShape, Any] = {}
         self._admit: Any = None
         self._admit_full: Any = None
         self._score: Any = None
@@ -115,7 +115,7 @@ class Runner:
         programs = compiler.get(names)
         self._forwards = {step: programs[self.forward_name(step)] for step in s.steps}
         self._samplings = {key: programs[sampling_name(*key)] for key in s.samplings}
-        self._chains = {key: programs[self._in_pool(*key, "chain")] for key in s.chained}
+        self._chains = {step: programs[self._in_pool(step, "chain")] for step in s.chained}
         self._admit, self._admit_full = programs[self._in_pool("admit")], programs["admit_full"]
         self._score = programs["score"]
 
@@ -127,7 +127,7 @@ class Runner:
     def lowerings(self) -> dict[str, Lowering]:
         """Of every program, by name; those that take long to compile come first."""
         s = self.shape
-        chains = {self._in_pool(*key, "chain"): partial(self.lower_chain, *key) for key in s.chained}
+        chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
         small = {self._in_pool("admit"): self._lower_admit, "admit_full": self._lower_admit_full}
         return self.sampling_lowerings(s.samplings) | chains | self.forward_lowerings(s.steps[::-1]) | small
 
@@ -160,9 +160,9 @@ class Runner:
         jitted = jax.jit(program, donate_argnums=(2, 3), out_shardings=self._everywhere, compiler_options=options)
         return jitted.lower(_shapes(self._head), *self.state_shapes()[3:])
 
-    def lower_chain(self, step: StepShape, variant: Variant) -> jax.stages.Lowered:
+    def lower_chain(self, step: StepShape) -> jax.stages.Lowered:
         state, packed = self.state_shapes(), self._shape((self.shape.chain, step.packed_size))
-        program = partial(chain_program, self.model, self.shape, step, variant)
+        program = partial(chain_program, self.model, self.shape, step)
         lower = jax.jit(program, donate_argnums=1, out_shardings=(_places(state), self._everywhere)).lower
         return lower(_shapes(self.params), state, packed)
 
@@ -190,30 +190,19 @@ class Runner:
     # ---- serving --------------------------------------------------------------------------------------------
 
     def pack(self, plan: StepPlan, shape: StepShape | None = None) -> PackedStep:
-        """For execution after those packed before it; in `shape`, or the smallest that fits, or that is chained. Its
-        sampler is the cheapest that serves every request of the step."""
+        """For execution after those packed before it; in `shape`, or the smallest that fits. Its sampler is the
+        cheapest that serves every request of the step."""
+        shape = shape or self._bucket(plan)
+        packed = pack(plan, shape, scratch_slot=self.shape.max_num_seqs)
         for request in plan.admitted:
             self._ranks[request.slot] = VARIANTS.index(sampler.variant_of(request.sampling_params))
-        step = self._packed(plan, shape or self._bucket(plan))
-        if shape is None and step.variant == "filtered" and step.shape.decode_only:
-            chained = [key[0] for key in self._chains if key[1] == "filtered" and key[0].S >= step.shape.S]
-            if chained and step.shape not in chained:
-                return self._packed(plan, min(chained, key=lambda shape: shape.S))
-        return step
-
-    def _packed(self, plan: StepPlan, shape: StepShape) -> PackedStep:
-        packed = pack(plan, shape, scratch_slot=self.shape.max_num_seqs)
         rank = self._ranks[shape.split(packed).slots].max()
         variant = next(v for v in self.shape.variants if VARIANTS.index(v) >= rank)
         return PackedStep(plan, shape, variant, packed)
 
     def chain_length(self, step: PackedStep) -> int:
         """How many steps like this one call runs, if there are as many; else 1."""
-        return self.shape.chain if self._chain_of(step) in self._chains else 1
-
-    def _chain_of(self, step: PackedStep) -> tuple[StepShape, Variant]:
-        """In `_chains`, if there is one for such steps."""
-        return step.shape, "random" if step.variant == "greedy" else step.variant
+        return self.shape.chain if step.shape in self._chains and step.variant in ("greedy", "random") else 1
 
     def execute(self, steps: Sequence[PackedStep]) -> list[StepHandle]:
         """Dispatches steps and the copies of their outputs; returns without waiting for either."""
@@ -237,7 +226,7 @@ class Runner:
 
     def _execute_chain(self, steps: Sequence[PackedStep]) -> StepHandle:
         packed = self._send(np.stack([step.packed for step in steps]))
-        self.state, tokens = self._chains[self._chain_of(steps[0])](self.params, self.state, packed)
+        self.state, tokens = self._chains[steps[0].shape](self.params, self.state, packed)
         tokens.copy_to_host_async()
         return StepHandle([step.plan for step in steps], SampleOutput(tokens), [])
 

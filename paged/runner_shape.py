@@ -51,13 +51,8 @@ class RunnerShape:
         return self.samplings[0]
 
     @property
-    def chained(self) -> list[tuple[StepShape, Variant]]:
-        """The steps that a call may run several of, and their sampler. Those of "filtered" have fewer shapes: steps of
-        other sizes are run in the next larger one."""
+    def chained(self) -> list[StepShape]:
+        """The steps that a call may run several of. Their sampler is "random"."""
         if self.chain == 1 or "random" not in self.variants:
             return []
-        sizes = [size for size in self.decode_sizes if size <= LARGEST_CHAINED]
-        filtered = [size for size in sizes if size in self.sampling_sizes]
-        chained: list[tuple[int, Variant]] = [(size, "random") for size in sizes]
-        chained += [(size, "filtered") for size in filtered]
-        return [(StepShape(size, size, decode_only=True), variant) for size, variant in chained]
+        return [StepShape(S, S, decode_only=True) for S in self.decode_sizes if S <= LARGEST_CHAINED]

@@ -92,12 +92,3 @@ def test_a_failed_call_fails_all_its_requests(folder):
     assert not engine.has_unfinished_requests()
     assert len(tokens(run(engine, asked)["a"])) == 40
     engine.close()
-
-
-def test_steps_with_filters_are_chained_in_the_next_larger_shape(folder, plain):
-    engine, lengths = chained(folder)
-    sampling = SamplingParams(temperature=0.9, top_k=5, top_p=0.8, seed=3, max_tokens=13, ignore_eos=True)
-    asked = {"alone": ([5, 6, 7], sampling)}
-    assert tokens(run(engine, asked)["alone"]) == tokens(run(plain, asked)["alone"])
-    assert max(lengths) == 3
-    engine.close()
