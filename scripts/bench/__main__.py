@@ -10,6 +10,7 @@ BENCHMARKS = {
     "throughput": "a whole offline workload: tokens a second, cache slots wasted",
     "latency": "one decode step, by batch and context",
     "prefill": "computing prompts, by number and length",
+    "several": "some of these over one engine, which is loaded once",
     "host": "what a step costs the processor, beside the device",
     "serve": "a running server, by rate of arrivals: first token, between tokens, goodput",
 }

@@ -49,14 +49,19 @@ def main(argv: list[str]) -> None:
     max_num_seqs = scheduler.max_num_seqs or max(args.batch)
     scheduler = replace(scheduler, max_num_seqs=max_num_seqs, max_num_batched_tokens=tokens_a_step)
     bench = Bench(EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner), measure)
+    run(bench, args, measure.repeats)
+
+
+def run(bench: Bench, args: LatencyArgs, repeats: int) -> None:
+    longest = args.longest(bench.tokens_a_step)
     check_fits(bench, max(args.batch), longest)
     report = Report("latency", bench.about)
     bench.warm_up()
     for context in args.context:
         for batch in args.batch:
-            timings = [time_decode(bench, batch, context, longest, args) for _ in range(measure.repeats)]
+            timings = [time_decode(bench, batch, context, longest, args) for _ in range(repeats)]
             seconds = repeated([seconds for seconds, _ in timings])
-            average = round(sum(length for _, length in timings) / measure.repeats)
+            average = round(sum(length for _, length in timings) / repeats)
             floor = bench.ceilings.seconds(*bench.cost.decode([average] * batch))
             roofline = against_floor(floor, seconds["median"], bench.ceilings)
             sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

@@ -32,12 +32,16 @@ def main(argv: list[str]) -> None:
     if model.max_model_len is None:
         model = replace(model, max_model_len=max(args.input_len) + 1)
     bench = Bench(EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner), measure)
+    run(bench, args, measure.repeats)
+
+
+def run(bench: Bench, args: PrefillArgs, repeats: int) -> None:
     report = Report("prefill", bench.about)
     bench.warm_up()
     for input_len in args.input_len:
         for num_prompts in args.num_prompts:
             items = fixed(num_prompts, input_len, 1, bench.max_token_id)
-            seconds = repeated([bench.run(items, 0.0).seconds for _ in range(measure.repeats)])
+            seconds = repeated([bench.run(items, 0.0).seconds for _ in range(repeats)])
             cost = bench.cost.prefill([input_len] * num_prompts, bench.tokens_a_step)
             floor = bench.ceilings.seconds(*cost)
             roofline = against_floor(floor, seconds["median"], bench.ceilings)

@@ -52,10 +52,14 @@ def main(argv: list[str]) -> None:
     if model.max_model_len is None:
         model = replace(model, max_model_len=args.longest)
     bench = Bench(EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner), measure)
+    run(bench, args, measure.repeats)
+
+
+def run(bench: Bench, args: ThroughputArgs, repeats: int) -> None:
     report = Report("throughput", bench.about)
     items = args.items(bench.max_token_id)
     bench.warm_up()
-    runs = [bench.run(items, args.temperature) for _ in range(measure.repeats)]
+    runs = [bench.run(items, args.temperature) for _ in range(repeats)]
     seconds = repeated([run.seconds for run in runs])
     floor = ideal_seconds(items, bench.cost, bench.ceilings, bench.max_num_seqs, bench.tokens_a_step)
     roofline = against_floor(floor, seconds["median"], bench.ceilings)

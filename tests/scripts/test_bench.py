@@ -117,6 +117,17 @@ def test_prefill_by_number_and_length(capsys) -> None:
         check_repeats(line["seconds"], 2)
 
 
+def test_several_over_one_engine(capsys) -> None:
+    runs = ["prefill --num-prompts 2 --input-len 20", "latency --batch 2 --context 16 --steps 3"]
+    lines, _ = bench(capsys, "several", "--run", *runs, "--repeats", "1", *CEILINGS, *ENGINE)
+    for line, name in zip(lines, ("prefill", "latency"), strict=True):
+        check_engine_measurement(line, name)
+    assert lines[0]["engine"] == lines[1]["engine"]
+    with pytest.raises(SystemExit):
+        main(["several", "--run", "serving", *ENGINE])
+    assert "must begin with one of latency, prefill, throughput; 'serving' does not" in capsys.readouterr().err
+
+
 def test_a_folder_with_only_a_config_and_measured_ceilings_in_a_process_of_its_own(tmp_path) -> None:
     config = json.loads((Path(MODEL) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
