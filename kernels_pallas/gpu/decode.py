@@ -15,7 +15,7 @@ maxima are rounded to whole numbers, so that what aligns them is a power of two,
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -169,10 +169,6 @@ def decode_attention(
     shares = share_work(cuts, K, lengths) if in_runs else count
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
-    ring = plgpu.SMEM((config.workers, config.stages, TILE, D), q.dtype, transforms=TILED)
-    slots = config.workers * config.stages
-    full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
-    free = plgpu.Barrier(num_barriers=slots)
     logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
     merged = (
         jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
@@ -192,148 +188,293 @@ def decode_attention(
         num_threads=2 * config.workers,
         thread_name="warpgroup",
         kernel_name="decode_attention",
-        scratch_types=[
-            plgpu.SMEM((config.workers, ROWS, D), q.dtype, transforms=TILED),
-            *(ring, ring),
-            plgpu.Barrier(num_barriers=config.workers),
-            *(full, full, free, free),
-        ],
+        scratch_types=_scratch(config, D, N, q.dtype),
         compiler_params=PARAMS,
     )(work, shares, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables, sinks or ())
     out = merge_splits(found, cuts.splits, sinks, G, q.dtype, complete)
     return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
 
 
+def _scratch(config: DecodeConfig, D: int, N: int, dtype) -> list:
+    """A CTA's queries, keys and values, and barriers: for queries that have come, full slots and free ones."""
+    workers, slots = config.workers, config.workers * config.stages
+    queries = plgpu.SMEM((workers, ROWS, D), dtype, transforms=TILED)
+    ring = plgpu.SMEM((workers, config.stages, TILE, D), dtype, transforms=TILED)
+    full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
+    free = plgpu.Barrier(num_barriers=slots)
+    return [queries, ring, ring, plgpu.Barrier(num_barriers=workers), full, full, free, free]
+
+
+class Item(NamedTuple):
+    """One split of a sequence for one key/value head.
+
+    Attributes:
+      seq, head: whose.
+      split, splits: its number among the sequence's, and how many these are.
+      first, stop: the first of its cached tokens, and the last + 1.
+      length: of the sequence.
+    """
+
+    seq: jax.Array
+    head: jax.Array
+    split: jax.Array
+    splits: jax.Array
+    first: jax.Array
+    stop: jax.Array
+    length: jax.Array
+
+    @property
+    def tiles(self):
+        return lax.div(self.stop - self.first + TILE - 1, jnp.int32(TILE))
+
+
+@dataclass(frozen=True)
+class Items:
+    """A worker's share of the work.
+
+    Attributes:
+      work: int32[W, FIELDS], of list_work.
+      heads: K.
+      in_runs: whether it is a run of items by sequence, head and split; else every so many by sequence, split and head.
+      begin, stride: the number of the first item, and from one to the next.
+      count: of its items.
+    """
+
+    work: jax.Ref
+    heads: int
+    in_runs: bool
+    begin: jax.Array
+    stride: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def of(cls, work, shares, heads: int, worker, workers: int, in_runs: bool) -> "Items":
+        """Those of one of so many workers; shares: share_work's if in runs, else int32[1], the rows of the list."""
+        if in_runs:
+            begin, end, stride = shares[worker], shares[worker + 1], jnp.int32(1)
+        else:
+            begin, end, stride = worker, shares[0] * heads, jnp.int32(workers)
+        return cls(work, heads, in_runs, begin, stride, lax.div(end - begin + stride - 1, stride))
+
+    def read(self, n) -> Item:
+        """The worker's item n."""
+        i = self.begin + n * self.stride
+        row = lax.div(i, jnp.int32(self.heads))
+        seq, first, stop, length, split, before, splits, size = (self.work[row, f] for f in range(FIELDS))
+        if not self.in_runs:
+            return Item(seq, lax.rem(i, jnp.int32(self.heads)), split, splits, first, stop, length)
+        i -= before * self.heads
+        head, nth = lax.div(i, splits), lax.rem(i, splits)
+        first += (nth - split) * size
+        return Item(seq, head, nth, splits, first, jnp.minimum(first + size, length), length)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Those of a worker's item: the G of its head, from device memory q to the first rows of `tile`.
+
+    Attributes:
+      q: [S, H, D], or [S * H, D] if an item's lie within one tile of 8 rows, which the copy engine can fetch.
+      tile: [ROWS, D] in shared memory. What is in the rows from G on does not matter.
+      ready: the barrier of the copy engine.
+      heads: K.
+    """
+
+    q: jax.Ref
+    tile: jax.Ref
+    ready: Any
+    heads: int
+    G: int
+
+    def fetch(self, item: Item) -> None:
+        if len(self.q.shape) == 2:
+            fetched = max(self.G, 8)  # those past G are other heads' or zeros
+            row = item.seq * (self.heads * self.G) + item.head * self.G
+            plgpu.copy_gmem_to_smem(self.q.at[pl.ds(row, fetched)], self.tile.at[pl.ds(0, fetched)], self.ready)
+            plgpu.barrier_wait(self.ready)
+        else:
+            self.tile[...] = load_rows(self.q.at[item.seq, pl.ds(item.head * self.G, self.G)], self.G)
+            plgpu.commit_smem()
+
+
+class Ring(NamedTuple):
+    """Tiles of keys, or of values, on their way to a worker.
+
+    Attributes:
+      cache: [B, K, N, D] in device memory.
+      tiles: [stages, TILE, D] in shared memory.
+      ready, free: barriers of those of all workers, this one's from number `base` on.
+    """
+
+    cache: jax.Ref
+    tiles: jax.Ref
+    ready: Any
+    free: Any
+    base: jax.Array
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where a worker's results go.
+
+    Attributes:
+      parts: float32[S, K, M, R * D] and twice [S, K, M, R], what was found, as merge_splits takes it.
+      merged: dtype[S, K, R * D], of sequences of which the worker has all splits, and int32[workers, 4], an Unfinished
+        each; empty if workers do not merge.
+      sinks: empty or float32[H] twice.
+      worker: its number.
+      G: rows to store.
+    """
+
+    parts: tuple[jax.Ref, ...]
+    merged: list[jax.Ref]
+    sinks: tuple[jax.Ref, ...]
+    worker: jax.Array
+    G: int
+
+    def store(self, item: Item, slot, found) -> None:
+        """As part `slot` of the item's sequence and head."""
+        place = item.seq, item.head, slot
+        store_rows(self.parts[0].at[place], found[0], self.G)
+        for ref, value in zip(self.parts[1:], found[1:], strict=True):
+            store_column(ref.at[place], value, self.G)
+
+    def finish(self, item: Item, found) -> None:
+        """Stores the attention of the item's sequence and head, of which all splits were found."""
+        out = self.merged[0]
+        attention = _divided(found, self.sinks, item.head * self.G, self.G)
+        store_rows(out.at[item.seq, item.head], attention.astype(out.dtype), self.G)
+
+    def tell(self, item: Item) -> None:
+        """That the splits up to this one are merged as part 0, and others are not."""
+        for i, value in enumerate(Unfinished(item.seq, item.head, item.splits, item.split + 1)):
+            self.merged[1][self.worker, i] = value
+
+    def tell_nothing(self) -> None:
+        """That nothing is unfinished, as long as nothing else is told."""
+        self.merged[1][self.worker, 0] = jnp.int32(-1)
+
+
 def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, config, logits):
+    """The kernel: warpgroup w of a CTA multiplies for its worker w, and warpgroup `workers` + w copies for it."""
     *merged, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = refs
-    _, K, N, D = keys.shape
     warpgroup = lax.axis_index("warpgroup")
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
-    if merged:  # a run of items by sequence, head and split
-        begin, end, stride = shares[worker], shares[worker + 1], jnp.int32(1)
-    else:  # every so many of them by sequence, split and head
-        begin, end, stride = worker, shares[0] * K, jnp.int32(config.workers * lax.axis_size("cta"))
-    items = lax.div(end - begin + stride - 1, stride)
-    stages = jnp.int32(config.stages)
-    base = me * stages
-
-    def read(n):
-        """Of this worker's item n: sequence, head, split, splits, first token, last + 1, and kv_len."""
-        i = begin + n * stride
-        row = lax.div(i, jnp.int32(K))
-        seq, first, stop, length, split, before, splits, size = (work[row, f] for f in range(FIELDS))
-        if not merged:
-            return seq, lax.rem(i, jnp.int32(K)), split, splits, first, stop, length
-        i -= before * K
-        h, nth = lax.div(i, splits), lax.rem(i, splits)
-        first += (nth - split) * size
-        return seq, h, nth, splits, first, jnp.minimum(first + size, length), length
+    workers = config.workers * lax.axis_size("cta")
+    items = Items.of(work, shares, keys.shape[1], worker, workers, in_runs=bool(merged))
+    base = me * jnp.int32(config.stages)
+    rings = (
+        Ring(keys, k_smem.at[me], k_ready, k_free, base),
+        Ring(values, v_smem.at[me], v_ready, v_free, base),
+    )
 
     @pl.when(warpgroup < config.workers)
-    def compute():
+    def multiply():
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
-
-        if merged:
-            merged[1][worker, 0] = jnp.int32(-1)
-
-        def item(n, carry):
-            step, before = carry
-            seq, h, split, splits, first, stop, length = read(n)
-
-            @pl.when((n == 0) | (split == 0) | (not merged))
-            def fetch_queries():
-                if len(q.shape) == 2:  # the queries' rows lie within one tile of 8 and the copy engine can have them
-                    fetched = max(G, 8)  # those past G are other heads' or zeros
-                    row = seq * (K * G) + h * G
-                    rows = q.at[pl.ds(row, fetched)]
-                    plgpu.copy_gmem_to_smem(rows, q_smem.at[me, pl.ds(0, fetched)], q_ready.at[me])
-                    plgpu.barrier_wait(q_ready.at[me])
-                else:
-                    q_smem[me] = load_rows(q.at[seq, pl.ds(h * G, G)], G)
-                    plgpu.commit_smem()
-
-            tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
-
-            def tile(t, carry):
-                acc, m, total = carry
-                slot = lax.rem(step + t, stages)
-                plgpu.barrier_wait(k_ready.at[base + slot])
-
-                def multiply(scores):
-                    plgpu.wgmma(scores, q_smem.at[me], k_smem.at[me, slot].transpose((1, 0)))
-                    return scores[...]
-
-                scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
-                plgpu.barrier_arrive(k_free.at[base + slot])
-                scores = logits(scores, first + t * TILE, stop, length)
-                m_new = jnp.maximum(m, whole(scores.max(axis=1)))
-                decay = jnp.exp2(m - m_new)
-                p = jnp.exp2(scores - lax.broadcast_in_dim(m_new, scores.shape, [0]))
-                total = total * decay + p.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
-                plgpu.barrier_wait(v_ready.at[base + slot])
-                weigh = lambda ref: plgpu.wgmma(ref, p.astype(v_smem.dtype), v_smem.at[me, slot])  # noqa: E731
-                acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(v_free.at[base + slot])
-                return acc, m_new, total
-
-            found = lax.fori_loop(0, tiles, tile, _empty(D))
-            now, stored, slot = found, True, split
-            if merged:
-                out, unfinished = merged
-                from_first = n >= split  # the splits before this one are ours too
-                both = _merge(before, found)
-                now = [jnp.where(from_first & (split > 0), a, b) for a, b in zip(both, found, strict=True)]
-                complete = from_first & (split + 1 == splits)
-                stored = ~from_first | ((n + 1 == items) & ~complete)
-                slot = jnp.where(from_first, 0, split)
-
-                @pl.when(complete)
-                def finish():
-                    store_rows(out.at[seq, h], _divided(now, sinks, h * G, G).astype(out.dtype), G)
-
-                @pl.when(from_first & stored)
-                def tell():
-                    for i, value in enumerate(Unfinished(seq, h, splits, split + 1)):
-                        unfinished[worker, i] = value
-
-            @pl.when(stored)
-            def store():
-                store_rows(parts[0].at[seq, h, slot], now[0], G)
-                for ref, value in zip(parts[1:], now[1:], strict=True):
-                    store_column(ref.at[seq, h, slot], value, G)
-
-            return step + tiles, now if merged else before
-
-        lax.fori_loop(0, items, item, (jnp.int32(0), list(_empty(D)) if merged else []))
+        queries = Queries(q, q_smem.at[me], q_ready.at[me], keys.shape[1], G)
+        _multiply(items, queries, rings, Results(parts, merged, sinks, worker, G), logits)
 
     @pl.when(warpgroup >= config.workers)
     def copy():
         if config.workers > 1:
             plgpu.set_max_registers(40, action="decrease")
+        _copy(items, rings, tables)
 
-        def item(n, step):
-            seq, h, _, _, first, stop, _ = read(n)
-            tiles = lax.div(stop - first + TILE - 1, jnp.int32(TILE))
 
-            def tile(t, _):
-                slot = lax.rem(step + t, stages)
-                token = first + t * TILE
-                slabs = [
-                    (block_at(tables, seq, token, N, p), h, *_rows_of_page(token, N)) for p in range(max(1, TILE // N))
-                ]
-                for smem, gmem, ready, free in ((k_smem, keys, k_ready, k_free), (v_smem, values, v_ready, v_free)):
-                    pl.when(step + t >= stages)(partial(plgpu.barrier_wait, free.at[base + slot]))
-                    for p, slab in enumerate(slabs):
-                        rows = pl.ds(p * min(N, TILE), min(N, TILE))
-                        plgpu.copy_gmem_to_smem(gmem.at[slab], smem.at[me, slot, rows], ready.at[base + slot])
+def _multiply(items: Items, queries: Queries, rings: tuple[Ring, Ring], results: Results, logits) -> None:
+    """Attends with the queries of each item, and stores what it finds, merged with what it found before in a run."""
+    D = queries.tile.shape[1]
+    if items.in_runs:
+        results.tell_nothing()
 
-            lax.fori_loop(0, tiles, tile, None)
-            return step + tiles
+    def visit(n, carry):
+        done, so_far = carry
+        item = items.read(n)
+        pl.when((n == 0) | (item.split == 0) | (not items.in_runs))(partial(queries.fetch, item))
+        tiles = item.tiles
+        step = partial(_attend_to_tile, item, done, queries.tile, rings, logits)
+        found = lax.fori_loop(0, tiles, step, _empty(D))
+        if items.in_runs:
+            so_far = _end_in_run(items, n, item, so_far, found, results)
+        else:
+            results.store(item, item.split, found)
+        return done + tiles, so_far
 
-        lax.fori_loop(0, items, item, jnp.int32(0))
+    lax.fori_loop(0, items.count, visit, (jnp.int32(0), list(_empty(D)) if items.in_runs else []))
+
+
+def _attend_to_tile(item: Item, done, queries, rings: tuple[Ring, Ring], logits, t, found):
+    """One step of the online softmax, with the queries [ROWS, D]: what is found once the item's tile t is seen, which
+    is the worker's tile `done` + t."""
+    keys, values = rings
+    acc, m, total = found
+    slot = lax.rem(done + t, jnp.int32(keys.tiles.shape[0]))
+    plgpu.barrier_wait(keys.ready.at[keys.base + slot])
+
+    def multiply(scores):
+        plgpu.wgmma(scores, queries, keys.tiles.at[slot].transpose((1, 0)))
+        return scores[...]
+
+    scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, TILE), jnp.float32))
+    plgpu.barrier_arrive(keys.free.at[keys.base + slot])
+    scores = logits(scores, item.first + t * TILE, item.stop, item.length)
+    m_new = jnp.maximum(m, whole(scores.max(axis=1)))
+    decay = jnp.exp2(m - m_new)
+    p = jnp.exp2(scores - lax.broadcast_in_dim(m_new, scores.shape, [0]))
+    total = total * decay + p.sum(axis=1)
+    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+    plgpu.barrier_wait(values.ready.at[values.base + slot])
+    weigh = lambda acc: plgpu.wgmma(acc, p.astype(values.tiles.dtype), values.tiles.at[slot])  # noqa: E731
+    acc = pl.run_state(weigh)(plgpu.ACC.init(acc))
+    plgpu.barrier_arrive(values.free.at[values.base + slot])
+    return acc, m_new, total
+
+
+def _end_in_run(items: Items, n, item: Item, so_far, found, results: Results):
+    """Merges what was found at item n with what was `so_far`, of the splits before it if the worker has them all.
+
+    The merged splits from the first on are stored when no more follow: as the result, if those are all that the
+    sequence has, or else as part 0, and that others are unfinished is told. A split whose first another worker has is a
+    part of its own.
+    """
+    from_first = n >= item.split
+    both = _merge(so_far, found)
+    merged = [jnp.where(from_first & (item.split > 0), a, b) for a, b in zip(both, found, strict=True)]
+    complete = from_first & (item.split + 1 == item.splits)
+    stored = ~from_first | ((n + 1 == items.count) & ~complete)
+    slot = jnp.where(from_first, 0, item.split)
+    pl.when(complete)(partial(results.finish, item, merged))
+    pl.when(from_first & stored)(partial(results.tell, item))
+    pl.when(stored)(partial(results.store, item, slot, merged))
+    return merged
+
+
+def _copy(items: Items, rings: tuple[Ring, Ring], tables) -> None:
+    """Copies the tiles of each item into the rings, as soon as their slots are free."""
+
+    def visit(n, done):
+        item = items.read(n)
+        tiles = item.tiles
+        lax.fori_loop(0, tiles, partial(_copy_tile, item, done, rings, tables), None)
+        return done + tiles
+
+    lax.fori_loop(0, items.count, visit, jnp.int32(0))
+
+
+def _copy_tile(item: Item, done, rings: tuple[Ring, Ring], tables, t, _) -> None:
+    """Copies the item's tile t, which is the worker's tile `done` + t, from as many pages as it is in."""
+    N, stages = rings[0].cache.shape[2], jnp.int32(rings[0].tiles.shape[0])
+    slot = lax.rem(done + t, stages)
+    token = item.first + t * TILE
+    pages = range(max(1, TILE // N))
+    slabs = [(block_at(tables, item.seq, token, N, p), item.head, *_rows_of_page(token, N)) for p in pages]
+    for ring in rings:
+        pl.when(done + t >= stages)(partial(plgpu.barrier_wait, ring.free.at[ring.base + slot]))
+        for p, slab in enumerate(slabs):
+            rows = pl.ds(p * min(N, TILE), min(N, TILE))
+            plgpu.copy_gmem_to_smem(ring.cache.at[slab], ring.tiles.at[slot, rows], ring.ready.at[ring.base + slot])
 
 
 def _rows_of_page(token, N):
@@ -381,6 +522,7 @@ def _divided(found, sinks, first, G):
 
 
 def _empty(D):
+    """Nothing found: the weighted sum of values [ROWS, D], the maximum [ROWS] in base 2 and the denominator [ROWS]."""
     column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
     acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
     return acc, column - jnp.inf, column
