@@ -9,6 +9,7 @@ result never depends on how many there are.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -118,7 +119,7 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
     row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
     items = row_tiles * (F // config.features) * config.splits
     return plgpu.kernel(
-        partial(_multiply, M=M, row_tiles=row_tiles, items=items, activation=activation, config=config),
+        partial(_linear, row_tiles=row_tiles, items=items, activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
         grid=(min(items, num_sms()),),
         grid_names=("cta",),
@@ -134,69 +135,137 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
     )(tiles_of_8(x), kernel)
 
 
-def _multiply(x, w, out, x_smem, w_smem, ready, free, *, M, row_tiles, items, activation, config):
-    halves, _, C = w.shape
+class Item(NamedTuple):
+    """Some rows of x times some of W's, over one of the splits of C.
+
+    Attributes:
+      row, feature: the first of each.
+      split: which.
+      begin, end: its stages along C.
+    """
+
+    row: jax.Array
+    split: jax.Array
+    feature: jax.Array
+    begin: jax.Array
+    end: jax.Array
+
+    @property
+    def length(self):
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Items:
+    """A CTA's share of the work.
+
+    Attributes:
+      config: how the work is cut.
+      row_tiles: of x, of ROWS rows for each warpgroup.
+      C: columns.
+      first, stride: the number of the CTA's first item, and from one to the next. Neighbours have the same rows of W.
+      count: of its items.
+    """
+
+    config: LinearConfig
+    row_tiles: int
+    C: int
+    first: jax.Array
+    stride: jax.Array
+    count: jax.Array
+
+    def read(self, i) -> Item:
+        """The CTA's item i."""
+        config, splits = self.config, jnp.int32(self.config.splits)
+        unit = 64 if self.C % 128 else 128  # of which splits have a whole number, whatever the depth of stages
+        i = self.first + i * self.stride
+        row = lax.rem(i, jnp.int32(self.row_tiles)) * (ROWS * config.warpgroups)
+        i = lax.div(i, jnp.int32(self.row_tiles))
+        split = lax.rem(i, splits)
+        feature = lax.div(i, splits) * jnp.int32(config.features)
+        begin, end = (lax.div((split + j) * (self.C // unit), splits) * (unit // config.depth) for j in range(2))
+        return Item(row, split, feature, begin, end)
+
+    def for_each(self, visit) -> None:
+        """Calls visit(item, stages before)."""
+
+        def step(i, done):
+            item = self.read(i)
+            visit(item, done)
+            return done + item.length
+
+        lax.fori_loop(0, self.count, step, jnp.int32(0))
+
+
+class Ring(NamedTuple):
+    """Stages on their way to a CTA.
+
+    Attributes:
+      x: [stages, warpgroups, ROWS, depth] in shared memory.
+      w: [stages, halves * features, depth].
+      ready, free: a barrier for each stage.
+    """
+
+    x: jax.Ref
+    w: Any
+    ready: Any
+    free: Any
+
+
+def _linear(x, w, out, *ring, row_tiles, items, activation, config):
+    """The kernel: the warpgroups of a CTA multiply, but the last, which copies for them."""
     me = lax.axis_index("warpgroup")
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    stages, depth, features = jnp.int32(config.stages), config.depth, config.features
-    mine = lax.div(items - cta + ctas - 1, ctas)
-    unit = 64 if C % 128 else 128  # of which splits have a whole number, whatever the depth of stages
-
-    def item(i):
-        """Row of x, split, row of W, and the range of stages along C. Neighbours have the same rows of W."""
-        i = cta + i * ctas
-        row = lax.rem(i, jnp.int32(row_tiles)) * (ROWS * config.warpgroups)
-        i = lax.div(i, jnp.int32(row_tiles))
-        split = lax.rem(i, jnp.int32(config.splits))
-        feature = lax.div(i, jnp.int32(config.splits)) * features
-        begin, end = (lax.div((split + j) * (C // unit), jnp.int32(config.splits)) * (unit // depth) for j in range(2))
-        return row, split, feature, begin, end
+    mine = Items(config, row_tiles, w.shape[2], cta, ctas, lax.div(items - cta + ctas - 1, ctas))
 
     @pl.when(me < config.warpgroups)
-    def compute():
-        def multiply(i, step):
-            row, split, feature, begin, end = item(i)
-
-            def sums(acc):
-                def stage(k, _):
-                    slot = lax.rem(step + k, stages)
-                    plgpu.barrier_wait(ready.at[slot])
-                    plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot].transpose((1, 0)))
-                    plgpu.wgmma_wait(1)
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + k - 1, stages)]))
-
-                lax.fori_loop(0, end - begin, stage, None)
-                return acc[...]
-
-            found = pl.run_scoped(sums, plgpu.ACC((ROWS, halves * features), jnp.float32))
-            step += end - begin
-            plgpu.barrier_arrive(free.at[lax.rem(step - 1, stages)])
-            y = found if activation is None else activation(found[:, :features]) * found[:, features:]
-            row += me * ROWS
-            store_rows(out.at[split, :, pl.ds(feature, features)], y.astype(out.dtype), M - row, to=row)
-            return step
-
-        lax.fori_loop(0, mine, multiply, jnp.int32(0))
+    def multiply():
+        mine.for_each(partial(_multiply, me, Ring(*ring), out, activation))
 
     @pl.when(me == config.warpgroups)
     def copy():
-        fetched = min(ROWS, x.shape[0])
+        mine.for_each(partial(_copy, x, w, Ring(*ring)))
 
-        def fetch(i, step):
-            row, _, feature, begin, end = item(i)
 
-            def stage(k, _):
-                slot = lax.rem(step + k, stages)
-                columns = pl.ds((begin + k) * depth, depth)
-                pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for half in range(halves):
-                    rows = w.at[half, pl.ds(feature, features), columns]
-                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, pl.ds(half * features, features)], ready.at[slot])
-                for g in range(config.warpgroups):
-                    rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
-                    plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
+def _multiply(me, ring: Ring, out, activation, item: Item, done) -> None:
+    """Stores warpgroup `me`'s rows of the item's product in out [splits, M, F]; its stages come `done` stages after the
+    CTA's first."""
+    M, (stages, columns, _) = out.shape[1], ring.w.shape
+    stages, features = jnp.int32(stages), columns if activation is None else columns // 2
 
-            lax.fori_loop(0, end - begin, stage, None)
-            return step + end - begin
+    def sums(acc):
+        def stage(k, _):
+            slot = lax.rem(done + k, stages)
+            plgpu.barrier_wait(ring.ready.at[slot])
+            plgpu.wgmma(acc, ring.x.at[slot, me], ring.w.at[slot].transpose((1, 0)))
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(done + k - 1, stages)]))
 
-        lax.fori_loop(0, mine, fetch, jnp.int32(0))
+        lax.fori_loop(0, item.length, stage, None)
+        return acc[...]
+
+    found = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
+    plgpu.barrier_arrive(ring.free.at[lax.rem(done + item.length - 1, stages)])
+    y = found if activation is None else activation(found[:, :features]) * found[:, features:]
+    row = item.row + me * ROWS
+    place = out.at[item.split, :, pl.ds(item.feature, features)]
+    store_rows(place, y.astype(out.dtype), M - row, to=row)
+
+
+def _copy(x, w, ring: Ring, item: Item, done) -> None:
+    """Copies the item's stages of x [M, C] and w [halves, F, C] into the ring, as soon as they are free there."""
+    (stages, warpgroups, _, depth), halves = ring.x.shape, w.shape[0]
+    stages, features, fetched = jnp.int32(stages), ring.w.shape[1] // halves, min(ROWS, x.shape[0])
+
+    def stage(k, _):
+        slot = lax.rem(done + k, stages)
+        columns = pl.ds((item.begin + k) * depth, depth)
+        pl.when(done + k >= stages)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
+        for half in range(halves):
+            rows = w.at[half, pl.ds(item.feature, features), columns]
+            plgpu.copy_gmem_to_smem(rows, ring.w.at[slot, pl.ds(half * features, features)], ring.ready.at[slot])
+        for g in range(warpgroups):
+            rows = x.at[pl.ds(item.row + g * ROWS, fetched), columns]
+            plgpu.copy_gmem_to_smem(rows, ring.x.at[slot, g, pl.ds(0, fetched)], ring.ready.at[slot])
+
+    lax.fori_loop(0, item.length, stage, None)
