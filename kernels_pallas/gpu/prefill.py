@@ -1,11 +1,12 @@
 """Prefill attention: many query tokens a sequence, ragged, over paged keys and values.
 
 FlashAttention-3 (arXiv 2407.08608) over a block table. The grid is persistent: a CTA takes tile after tile of queries
-off a list, the longest walks over the cache first, so that all CTAs end together. Two compute warpgroups of 64 rows
-each take turns on the tensor cores, one multiplying while the other does its softmax, and a memory warpgroup copies
-queries, and pages into a ring of tiles, running ahead from one tile of queries into the next. The warpgroups take two
-query heads of one key/value head over the same tokens where there are two, else two runs of tokens of one head. Rows
-are stored from registers, up to the sequence's end, so that what belongs to the next sequence is never touched.
+off a list (prefill_work), the longest walks over the cache first, so that all CTAs end together. Two compute warpgroups
+of 64 rows each take turns on the tensor cores, one multiplying while the other does its softmax, and a memory warpgroup
+copies queries, and pages into a ring of tiles, running ahead from one tile of queries into the next. The warpgroups
+take two query heads of one key/value head over the same tokens where there are two, else two runs of tokens of one
+head. Rows are stored from registers, up to the sequence's end, so that what belongs to the next sequence is never
+touched.
 
 Tiles of eight bits are copied into the second half of their place in the ring, where one more warpgroup widens them to
 16 bits, which is exact. The keys' scales multiply the scores and the values' the weights, before these are rounded.
@@ -17,7 +18,7 @@ nothing.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,11 +27,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.gpu.eight_bits import lift, load_scales, scales_shape, tile_transforms, widen_tile
+from kernels_pallas.gpu.prefill_work import Item, Items, list_work
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, ROWS, TILED, block_at, num_sms, store_rows, tiles_of_8
 from kernels_pallas.quantize import SCALE_DTYPE, is_quantized
 
 COMPUTE = 2  # warpgroups that multiply
 WARPS = 4  # of a warpgroup
+KEYS, VALUES = 0, 1  # places in a pair
 NOTHING = -1e30  # the maximum of a row that has seen nothing: finite, so that -inf less it is not NaN
 
 
@@ -54,55 +57,27 @@ class PrefillConfig:
         return {64: cls(128, 4, 2), 128: cls(128, 2, 2), 256: cls(64, 2, 1)}[head_dim]
 
 
-class Item(NamedTuple):
-    """A tile of queries of one head, or of COMPUTE of them from `head` on. All but the head is a row of the list.
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call when it is compiled.
 
     Attributes:
-      row: the tile's first row in the batch.
-      low, high: which of its rows are the sequence's, the first and the last + 1.
-      position: of the first row in its sequence.
-      begin, end: the tiles of cached tokens that it walks over, the first and the last + 1.
+      G: query heads of a key/value head.
+      sinks: whether there are any.
+      scale, window, soft_cap: see kernels_pallas.attention.
     """
 
-    head: jax.Array
-    row: jax.Array
-    low: jax.Array
-    high: jax.Array
-    position: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    seq: jax.Array
+    G: int
+    config: PrefillConfig
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    sinks: bool
 
-
-def list_work(T: int, kv_lens, cu_q_lens, num_seqs, tokens: int, tile: int, window: int | None):
-    """The tiles of `tokens` queries, the longest walks over tiles of `tile` cached tokens first.
-
-    A tile begins at a multiple of 8 rows, as the copy engine wants it, so that a sequence's first may begin with rows
-    of the one before. Padding rows are one more sequence that sees nothing, so that they become zeros.
-
-    Returns int32[W, 8], an Item without its head and with padding, and int32[1], how many of them are real.
-    """
-    S = kv_lens.shape[0]
-    seq = jnp.arange(S + 1)
-    start = jnp.where(seq < num_seqs[1], cu_q_lens, cu_q_lens[num_seqs[1]])
-    stop = jnp.where(seq < num_seqs[1], jnp.append(cu_q_lens[1:], T), jnp.where(seq == num_seqs[1], T, start))
-    aligned = start // 8 * 8
-    tiles = jnp.where((seq >= num_seqs[0]) & (stop > start), pl.cdiv(stop - aligned, tokens), 0)
-    through = jnp.sum(jnp.where(seq[:, None] >= seq[None, :], tiles[None, :], 0), axis=1)
-    i = jnp.arange(pl.cdiv(T + 7 * (S + 1), tokens) + S + 1)
-    s = jnp.minimum(jnp.sum(through[None, :] <= i[:, None], axis=1), S)
-    row = aligned[s] + (through[s] - 1 - i) * tokens
-    kv_len = jnp.append(kv_lens, 0)[s]
-    position = kv_len - (stop[s] - row)
-    begin = jnp.zeros_like(s) if window is None else jnp.maximum(position - (window - 1), 0) // tile
-    seen = jnp.where(s < num_seqs[1], jnp.minimum(kv_len, position + tokens), 0)
-    end = jnp.maximum(pl.cdiv(seen, tile), begin)
-    work = jnp.stack([row, start[s] - row, stop[s] - row, position, begin, end, s, jnp.zeros_like(s)], axis=-1)
-    walk = jnp.where(i < through[-1], end - begin, -1)
-    longer = (walk[None, :] > walk[:, None]) | ((walk[None, :] == walk[:, None]) & (i[None, :] < i[:, None]))
-    place = jnp.sum(longer, axis=1)
-    work = jnp.zeros_like(work).at[place].set(work, unique_indices=True)
-    return work.astype(jnp.int32), through[-1:].astype(jnp.int32)
+    @property
+    def heads(self) -> int:
+        """Query heads of an item of work."""
+        return COMPUTE if self.G % COMPUTE == 0 else 1
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
@@ -123,43 +98,19 @@ def prefill_attention(
       [T, H, D] in q's dtype: zeros behind the last sequence, undefined before sequence num_seqs[0].
     """
     T, H, D = q.shape
-    dtype = cache[0].dtype
-    K, N = cache[0].shape[1:3]
-    G = H // K
     config = config or PrefillConfig.of(D)
-    heads = COMPUTE if G % COMPUTE == 0 else 1
-    work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, ROWS * COMPUTE // heads, config.tile, window)
-    pages = max(1, config.tile // N)
-    ring = plgpu.SMEM((config.stages, config.tile, D), q.dtype, transforms=TILED)
-    full = plgpu.Barrier(num_arrivals=pages, num_barriers=config.stages)
-    free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.stages)
-    eight_bits: list = []
-    if is_quantized(dtype):
-        halves = plgpu.SMEM((config.stages, 2, config.tile, D), dtype, transforms=tile_transforms(D))
-        ring = plgpu.RefUnion(ring, halves)
-        full, copied = (plgpu.Barrier(num_arrivals=n, num_barriers=config.stages) for n in (1, 2 * pages))
-        scales = plgpu.SMEM((config.stages, *scales_shape(N, config.tile)), SCALE_DTYPE)
-        eight_bits = [[scales, scales], [copied, copied]]
+    call = Call(H // cache[0].shape[1], config, scale, window, soft_cap, sinks is not None)
+    tokens = ROWS * COMPUTE // call.heads
+    work, count = list_work(T, kv_lens, cu_q_lens, num_seqs, tokens, config.tile, window)
     return plgpu.kernel(
-        partial(
-            _attend, G=G, heads=heads, config=config, scale=scale, window=window, soft_cap=soft_cap,
-            sinks_given=sinks is not None,
-        ),
+        partial(_attend, call=call),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_sms(),),
         grid_names=("cta",),
-        num_threads=COMPUTE + (2 if eight_bits else 1),
+        num_threads=COMPUTE + (2 if is_quantized(cache[0].dtype) else 1),
         thread_name="warpgroup",
         kernel_name="prefill_attention",
-        scratch_types=[
-            plgpu.SMEM((config.queries, COMPUTE, ROWS, D), q.dtype, transforms=TILED),
-            [ring, ring],
-            *[plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.queries)] * 2,
-            [full, full],
-            [free, free],
-            plgpu.Barrier(num_arrivals=COMPUTE),
-            eight_bits,
-        ],
+        scratch_types=[Scratch.of(config, q.dtype, cache[0])],
         compiler_params=PARAMS,
     )(
         work, count, tiles_of_8(q), (*cache[:2], *(x.reshape(-1) for x in cache[2:])), block_tables,
@@ -167,201 +118,333 @@ def prefill_attention(
     )  # fmt: skip
 
 
-def _attend(
-    work, count, q, cache, tables, sinks, out, *scratch, G, heads, config, scale, window, soft_cap, sinks_given
-):
-    q_smem, rings, q_ready, q_free, ready, free, turn, eight_bits = scratch
-    scales, copied = eight_bits or ([], ready)
-    rings, inboxes = zip(*rings, strict=True) if scales else (rings, rings)
-    (k_smem, v_smem), (k_ready, v_ready), (k_free, v_free) = rings, ready, free
-    H, D = q.shape[1:]
-    _, K, N, _ = cache[0].shape
-    registers = (208, 32, 64) if scales else (232, 40, 0)  # of a thread that multiplies, copies or widens
+class Scratch(NamedTuple):
+    """A CTA's shared memory and barriers, or their types. Pairs are for keys and for values.
+
+    Attributes:
+      queries: [queries, COMPUTE, ROWS, D].
+      rings: a pair of [stages, tile, D], where wgmma reads them. Over eight bits each shares its memory with
+        [stages, 2, tile, D] in eight bits and is a pair of both.
+      q_ready, q_free: of each tile of queries, whether it has been copied, and read.
+      ready, free: a pair of each, of each tile of a ring: whether wgmma can read it, and has done so.
+      turn: of COMPUTE warpgroups on the tensor cores.
+      scales: a pair of float32[stages, *scales_shape], and none over 16 bits, as with the next.
+      copied: a pair, of each tile of a ring: whether its eight bits and their scales are there.
+    """
+
+    queries: Any
+    rings: Any
+    q_ready: Any
+    q_free: Any
+    ready: Any
+    free: Any
+    turn: Any
+    scales: Any = ()
+    copied: Any = ()
+
+    @classmethod
+    def of(cls, config: PrefillConfig, dtype, keys) -> "Scratch":
+        """The types for queries of `dtype` over keys [B, K, N, D]."""
+        N, D = keys.shape[2:]
+        pages = max(1, config.tile // N)
+        queries = plgpu.SMEM((config.queries, COMPUTE, ROWS, D), dtype, transforms=TILED)
+        of_queries = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=config.queries)
+        of_ring = partial(plgpu.Barrier, num_barriers=config.stages)
+        ring = plgpu.SMEM((config.stages, config.tile, D), dtype, transforms=TILED)
+        ready, free = of_ring(num_arrivals=pages), of_ring(num_arrivals=COMPUTE)
+        turn = plgpu.Barrier(num_arrivals=COMPUTE)
+        eight_bits: list = []
+        if is_quantized(keys.dtype):
+            halves = plgpu.SMEM((config.stages, 2, config.tile, D), keys.dtype, transforms=tile_transforms(D))
+            ring = plgpu.RefUnion(ring, halves)
+            ready, copied = of_ring(num_arrivals=1), of_ring(num_arrivals=2 * pages)
+            scales = plgpu.SMEM((config.stages, *scales_shape(N, config.tile)), SCALE_DTYPE)
+            eight_bits = [[scales] * 2, [copied] * 2]
+        return cls(queries, [ring] * 2, of_queries, of_queries, [ready] * 2, [free] * 2, turn, *eight_bits)
+
+    def tile(self, which: int, slot):
+        """[tile, D]: a tile of the keys or values, as wgmma reads it."""
+        return (self.rings[which][0] if self.scales else self.rings[which]).at[slot]
+
+    def inbox(self, which: int, slot):
+        """[tile, D] in the cache's dtype: where a tile of the keys or values is copied to."""
+        return self.rings[which][1].at[slot, 1] if self.scales else self.rings[which].at[slot]
+
+    def arrived(self, which: int):
+        """The barriers of a ring that the copy engine arrives at."""
+        return (self.copied or self.ready)[which]
+
+
+@dataclass(frozen=True)
+class Cta:
+    """What the warpgroups of a CTA share.
+
+    Attributes:
+      items: those that this CTA works on.
+      q, out: [T, H, D] in device memory, as the next ones are; q with rows behind it up to a multiple of 8.
+      cache: keys and values [B, K, N, D] and over eight bits their scales, float32[B * K * N].
+      tables: int32[S, P].
+      sinks: float32[H], or anything where there are none.
+      scratch: shared memory and barriers.
+    """
+
+    call: Call
+    items: Items
+    q: Any
+    cache: Any
+    tables: Any
+    sinks: Any
+    out: Any
+    scratch: Scratch
+
+    @property
+    def registers(self) -> tuple[int, ...]:
+        """Of a thread that multiplies, copies or widens."""
+        return (208, 32, 64) if self.scratch.scales else (232, 40)
+
+    def query_slot(self, r):
+        """Where the queries of item r are in shared memory."""
+        return lax.rem(r, jnp.int32(self.call.config.queries))
+
+    def slot(self, nth):
+        """Where the nth tile that the CTA walks over is in the rings."""
+        return lax.rem(nth, jnp.int32(self.call.config.stages))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One warpgroup's way over the tiles of cached tokens that its rows of an item of work may see.
+
+    Attributes:
+      queries: the rows, [ROWS, D] in shared memory.
+      first: the position of the first of them.
+      done: tiles that the CTA walked over before.
+    """
+
+    cta: Cta
+    item: Item
+    queries: Any
+    first: jax.Array
+    done: jax.Array
+
+    def slot(self, t):
+        """Where tile number t of the sequence's cached tokens is in the rings."""
+        return self.cta.slot(self.done + t - self.item.begin)
+
+    def scaled(self, which: int, t, x):
+        """x [ROWS, tile] times the scales of the keys or values of tile number t."""
+        N = self.cta.cache[which].shape[2]
+        return x * load_scales(self.cta.scratch.scales[which].at[self.slot(t)], N, x.shape, axis=1)
+
+
+def _attend(work, count, q, cache, tables, sinks, out, scratch: Scratch, *, call: Call):
+    """The kernel: each warpgroup of a CTA takes its role. For what it is given see Items and Cta."""
     me = lax.axis_index("warpgroup")
-    tile, stages, queries = (jnp.int32(size) for size in (config.tile, config.stages, config.queries))
-    cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    head_groups = jnp.int32(H // heads)
-    items = count[0] * head_groups
+    items = Items.of(work, count, q.shape[1], call.heads)
+    cta = Cta(call, items, q, cache, tables, sinks, out, scratch)
+    pl.when(me < COMPUTE)(partial(_multiply, cta, me))
+    pl.when(me == COMPUTE)(partial(_copy, cta))
+    if scratch.scales:
+        pl.when(me == COMPUTE + 1)(partial(_widen, cta))
 
-    def index(r):
-        """Back and forth over the CTAs, as work gets lighter along the list."""
-        return r * ctas + jnp.where(lax.rem(r, jnp.int32(2)) == 0, cta, ctas - 1 - cta)
 
-    def read(r):
-        i = jnp.clip(index(r), 0, jnp.maximum(items - 1, 0))
-        tile, group = lax.div(i, head_groups), lax.rem(i, head_groups)
-        return Item(group * heads, *(work[tile, f] for f in range(len(Item._fields) - 1)))
+def _multiply(cta: Cta, me):
+    """The role of the first COMPUTE warpgroups, of which this is number `me`: attention, ROWS rows each of an item."""
+    plgpu.set_max_registers(cta.registers[0], action="increase")
+    pl.when(me == 1)(partial(_pass_turn, cta.scratch.turn))
+    plgpu.barrier_arrive(cta.scratch.turn)
+    cta.items.for_each(partial(_attend_to_item, cta, me))
 
-    def for_each_item(visit):
-        """Calls visit(r, item, tiles walked over before) for this CTA's items. The next one is read meanwhile."""
-        whole = lax.div(items, ctas)
-        mine = whole + (index(whole) < items)
 
-        def step(r, carry):
-            item, done = carry
-            after = read(r + 1)
-            visit(r, item, done)
-            return after, done + item.end - item.begin
+def _pass_turn(turn):
+    """Lets the other warpgroup use the tensor cores and waits until it passes the turn on."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
 
-        lax.fori_loop(0, mine, step, (read(0), jnp.int32(0)))
 
-    def rows_of(item, warpgroup):
-        """The query head of a warpgroup, and how far behind the tile's first row its own begin."""
-        return (item.head + warpgroup, 0) if heads > 1 else (item.head, warpgroup * ROWS)
+def _attend_to_item(cta: Cta, me, r, item: Item, done):
+    """Attends with the rows of warpgroup `me` of item number r and stores the result."""
+    head, offset = cta.items.rows_of(item, me)
+    first = item.position + offset
+    q_slot = cta.query_slot(r)
+    scratch = cta.scratch
+    sink = cta.sinks[head] * LOG2E if cta.call.sinks else 0.0
+    walk = Walk(cta, item, scratch.queries.at[q_slot, me], first, done)
+    plgpu.barrier_wait(scratch.q_ready.at[q_slot])
+    pl.when(item.begin < item.end)(lambda: plgpu.barrier_wait(scratch.ready[KEYS].at[walk.slot(item.begin)]))
+    plgpu.barrier_wait(scratch.turn)
+    acc, m, total = _walk_over_tiles(walk)
+    plgpu.barrier_arrive(scratch.q_free.at[q_slot])
+    plgpu.barrier_arrive(scratch.turn)
+    if cta.call.sinks:
+        total += jnp.exp2(sink - m)
+    inverse = jnp.where(total > 0, 1 / total, 0.0)
+    for i, part in enumerate(acc):
+        part *= lax.broadcast_in_dim(inverse, part.shape, [0])
+        place = cta.out.at[pl.ds(item.row + offset, ROWS), head, _columns(i, part)]
+        store_rows(place, part.astype(cta.out.dtype), item.high - offset, item.low - offset)
 
-    @pl.when(me < COMPUTE)
-    def compute():
-        plgpu.set_max_registers(registers[0], action="increase")
-        raised = lift(cache[0].dtype) if scales else 0.0
 
-        def columns(i, part):
-            return pl.ds(i * part.shape[1], part.shape[1])
+def _columns(i, part):
+    """Of the ith of the parts that a weighted sum is in."""
+    return pl.ds(i * part.shape[1], part.shape[1])
 
-        def take_turn():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
 
-        def step(t, carry, masked, my_q, slot_of, first, end):
-            acc, m, total = carry
-            slot = slot_of(t)
+def _walk_over_tiles(walk: Walk):
+    """All steps of a walk: tiles are masked where the window begins, then seen in full, then masked where the queries
+    are. Returns what _start does, after them."""
+    begin, end, first = walk.item.begin, walk.item.end, walk.first
+    window, tile = walk.cta.call.window, jnp.int32(walk.cta.call.config.tile)
+    D = walk.queries.shape[1]
+    carry = _start(D, min(D, 128) if walk.cta.scratch.scales else D)
+    whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
+    inside = begin
+    if window is not None:
+        inside = jnp.clip(lax.div(jnp.maximum(first + ROWS - window, 0) + tile - 1, tile), begin, whole)
+        carry = lax.fori_loop(begin, inside, partial(_step, walk, masked=True), carry)
+    carry = lax.fori_loop(inside, whole, partial(_step, walk, masked=False), carry)
+    return lax.fori_loop(whole, end, partial(_step, walk, masked=True), carry)
 
-            def multiply(scores):
-                plgpu.wgmma(scores, my_q, k_smem.at[slot].transpose((1, 0)))
-                take_turn()
-                return scores[...]
 
-            scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, config.tile), jnp.float32))
-            if scales:
-                scores *= load_scales(scales[0].at[slot], N, scores.shape, axis=1)
-            plgpu.barrier_arrive(k_free.at[slot])
-            unit = scale * LOG2E
-            if soft_cap is not None:
-                scores = 1 - 2 / (jnp.exp2(scores * (2 * unit / soft_cap)) + 1)
-                unit = soft_cap * LOG2E
-            if masked:
-                scores = jnp.where(_visible(scores.shape, first, t * tile, window), scores, -jnp.inf)
-            m_new = jnp.maximum(m, scores.max(axis=1) * unit - raised)
-            decay = jnp.exp2(m - m_new)
-            p = jnp.exp2(scores * unit - lax.broadcast_in_dim(m_new, scores.shape, [0]))
-            acc = [part * lax.broadcast_in_dim(decay, part.shape, [0]) for part in acc]
-            total *= decay
-            weights = p
-            if scales:  # they come with the values
-                plgpu.barrier_wait(v_ready.at[slot])
-                weights *= load_scales(scales[1].at[slot], N, p.shape, axis=1)
-            narrow = weights.astype(q.dtype)
-            if D <= 128:
-                total += p.sum(axis=1)
-                acc, total, m_new, narrow = lax.optimization_barrier((acc, total, m_new, narrow))
-            plgpu.barrier_arrive(turn)
-            if not scales:
-                plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_wait(turn)
-            if D > 128:
-                total += p.sum(axis=1)
+def _step(walk: Walk, t, carry, masked: bool):
+    """Attends to tile number t of the cached tokens. carry: as _start returns it. The softmax is done while the other
+    warpgroup multiplies."""
+    acc, m, total = carry
+    scratch, slot, D = walk.cta.scratch, walk.slot(t), walk.queries.shape[1]
+    scores = _scores(walk, t)
+    p, m_new, decay = _softmax(walk, t, scores, m, masked)
+    acc = [part * lax.broadcast_in_dim(decay, part.shape, [0]) for part in acc]
+    total *= decay
+    weights = p
+    if scratch.scales:  # they come with the values
+        plgpu.barrier_wait(scratch.ready[VALUES].at[slot])
+        weights = walk.scaled(VALUES, t, p)
+    narrow = weights.astype(walk.queries.dtype)
+    if D <= 128:
+        total += p.sum(axis=1)
+        acc, total, m_new, narrow = lax.optimization_barrier((acc, total, m_new, narrow))
+    plgpu.barrier_arrive(scratch.turn)
+    if not scratch.scales:
+        plgpu.barrier_wait(scratch.ready[VALUES].at[slot])
+    plgpu.barrier_wait(scratch.turn)
+    if D > 128:
+        total += p.sum(axis=1)
+    acc = _weigh(walk, t, narrow, acc)
+    plgpu.barrier_arrive(scratch.free[VALUES].at[slot])
+    return acc, m_new, total
 
-            def weigh(acc):
-                for i, part in enumerate(acc):
-                    plgpu.wgmma(part, narrow, v_smem.at[slot, :, columns(i, part)])
-                pl.when(t + 1 < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(t + 1)]))
 
-            acc = pl.run_state(weigh)([plgpu.ACC.init(part) for part in acc])
-            plgpu.barrier_arrive(v_free.at[slot])
-            return acc, m_new, total
+def _scores(walk: Walk, t):
+    """float32[ROWS, tile]: the queries times the keys of tile number t, whose place is free then. The other warpgroup
+    gets its turn meanwhile."""
+    scratch, slot = walk.cta.scratch, walk.slot(t)
 
-        def attend(r, item, done):
-            _, row, low, high, position, begin, end, _ = item
-            head, offset = rows_of(item, me)
-            first = position + offset
-            q_slot = lax.rem(r, queries)
-            sink = sinks[head] * LOG2E if sinks_given else 0.0
+    def multiply(scores):
+        plgpu.wgmma(scores, walk.queries, scratch.tile(KEYS, slot).transpose((1, 0)))
+        _pass_turn(scratch.turn)
+        return scores[...]
 
-            def slot_of(t):
-                return lax.rem(done + t - begin, stages)
+    scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, walk.cta.call.config.tile), jnp.float32))
+    if scratch.scales:
+        scores = walk.scaled(KEYS, t, scores)
+    plgpu.barrier_arrive(scratch.free[KEYS].at[slot])
+    return scores
 
-            plgpu.barrier_wait(q_ready.at[q_slot])
-            pl.when(begin < end)(lambda: plgpu.barrier_wait(k_ready.at[slot_of(begin)]))
-            plgpu.barrier_wait(turn)
-            part = partial(step, my_q=q_smem.at[q_slot, me], slot_of=slot_of, first=first, end=end)
-            carry = _start(D, min(D, 128) if scales else D)
-            whole = jnp.clip(lax.div(first + 1, tile), begin, end)  # tiles from here on hold tokens still to come
-            inside = begin
-            if window is not None:
-                inside = jnp.clip(lax.div(jnp.maximum(first + ROWS - window, 0) + tile - 1, tile), begin, whole)
-                carry = lax.fori_loop(begin, inside, partial(part, masked=True), carry)
-            carry = lax.fori_loop(inside, whole, partial(part, masked=False), carry)
-            acc, m, total = lax.fori_loop(whole, end, partial(part, masked=True), carry)
-            plgpu.barrier_arrive(q_free.at[q_slot])
-            plgpu.barrier_arrive(turn)
-            if sinks_given:
-                total += jnp.exp2(sink - m)
-            inverse = jnp.where(total > 0, 1 / total, 0.0)
-            for i, part in enumerate(acc):
-                part *= lax.broadcast_in_dim(inverse, part.shape, [0])
-                place = out.at[pl.ds(row + offset, ROWS), head, columns(i, part)]
-                store_rows(place, part.astype(out.dtype), high - offset, low - offset)
 
-        pl.when(me == 1)(take_turn)
-        plgpu.barrier_arrive(turn)
-        for_each_item(attend)
+def _softmax(walk: Walk, t, scores, m, masked: bool):
+    """From the scores [ROWS, tile] of tile number t and the maximum [ROWS] before it: its weights [ROWS, tile], not yet
+    divided by their sum, the new maximum, and what all sums before are to be multiplied by, [ROWS]. In base 2."""
+    call = walk.cta.call
+    unit = call.scale * LOG2E
+    if call.soft_cap is not None:
+        scores = 1 - 2 / (jnp.exp2(scores * (2 * unit / call.soft_cap)) + 1)
+        unit = call.soft_cap * LOG2E
+    if masked:
+        seen = _visible(scores.shape, walk.first, t * call.config.tile, call.window)
+        scores = jnp.where(seen, scores, -jnp.inf)
+    raised = lift(walk.cta.cache[VALUES].dtype) if walk.cta.scratch.scales else 0.0
+    m_new = jnp.maximum(m, scores.max(axis=1) * unit - raised)
+    decay = jnp.exp2(m - m_new)
+    p = jnp.exp2(scores * unit - lax.broadcast_in_dim(m_new, scores.shape, [0]))
+    return p, m_new, decay
 
-    @pl.when(me == COMPUTE)
-    def copy():
-        plgpu.set_max_registers(registers[1], action="decrease")
-        size = min(N, config.tile)
-        pages = config.tile // size
 
-        def fetch(warp, r, item, done):
-            """Each warp copies every WARPS-th page of a tile; the first ones also a warpgroup's queries."""
-            kv_head = lax.div(item.head, jnp.int32(G))
-            q_slot = lax.rem(r, queries)
+def _weigh(walk: Walk, t, weights, acc):
+    """Adds weights [ROWS, tile] times the values of tile number t to the parts of a weighted sum. The next tile's keys
+    are waited for meanwhile."""
+    scratch, slot = walk.cta.scratch, walk.slot(t)
 
-            @pl.when(warp < COMPUTE)
-            def copy_queries():
-                pl.when(r >= queries)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
-                head, offset = rows_of(item, warp)
-                source = q.at[pl.ds(item.row + offset, ROWS), head]
-                plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, warp], q_ready.at[q_slot])
+    def weigh(acc):
+        for i, part in enumerate(acc):
+            plgpu.wgmma(part, weights, scratch.tile(VALUES, slot).at[:, _columns(i, part)])
+        pl.when(t + 1 < walk.item.end)(lambda: plgpu.barrier_wait(scratch.ready[KEYS].at[walk.slot(t + 1)]))
 
-            def step(t, _):
-                nth = done + t - item.begin
-                slot = lax.rem(nth, stages)
-                mine = [warp + p for p in range(0, pages, WARPS)]
-                blocks = [block_at(tables, item.seq, t * tile, N, p) for p in mine]
-                row = lax.rem(t * tile, jnp.int32(N)) if config.tile < N else 0
-                for which in range(2):
-                    pl.when(nth >= stages)(partial(plgpu.barrier_wait, free[which].at[slot]))
-                    target = inboxes[which].at[(slot, 1) if scales else slot]
-                    for p, block in zip(mine, blocks, strict=True):
-                        slab = cache[which].at[block, kv_head, pl.ds(row, size)]
-                        plgpu.copy_gmem_to_smem(slab, target.at[pl.ds(p * size, size)], copied[which].at[slot])
-                        if scales:
-                            place = scales[which].at[slot, p]
-                            run = cache[2 + which].at[pl.ds((block * K + kv_head) * N + row, place.shape[0])]
-                            plgpu.copy_gmem_to_smem(run, place, copied[which].at[slot])
+    return pl.run_state(weigh)([plgpu.ACC.init(part) for part in acc])
 
-            pl.when(warp < pages)(lambda: lax.fori_loop(item.begin, item.end, step, None))
 
-        plgpu.warp_map(lambda warp: for_each_item(partial(fetch, warp)))
+def _copy(cta: Cta):
+    """The role of the next warpgroup: its warps copy queries, and pages into the rings, where there is room."""
+    plgpu.set_max_registers(cta.registers[1], action="decrease")
+    plgpu.warp_map(lambda warp: cta.items.for_each(partial(_copy_item, cta, warp)))
 
-    if not scales:
-        return
 
-    @pl.when(me == COMPUTE + 1)
-    def widen():
-        plgpu.set_max_registers(registers[2], action="decrease")
+def _copy_item(cta: Cta, warp, r, item: Item, done):
+    """Each warp copies every WARPS-th page of a tile; the first ones also a warpgroup's queries."""
+    kv_head = lax.div(item.head, jnp.int32(cta.call.G))
+    pl.when(warp < COMPUTE)(partial(_copy_queries, cta, warp, r, item))
+    step = partial(_copy_tile, cta, warp, item, kv_head, done)
+    pages = cta.call.config.tile // min(cta.cache[KEYS].shape[2], cta.call.config.tile)
+    pl.when(warp < pages)(lambda: lax.fori_loop(item.begin, item.end, step, None))
 
-        def visit(_, item, done):
-            def step(t, _):
-                slot = lax.rem(done + t - item.begin, stages)
-                for which in range(2):
-                    plgpu.barrier_wait(copied[which].at[slot])
-                    widen_tile(inboxes[which].at[slot, 1], rings[which].at[slot])
-                    plgpu.barrier_arrive(ready[which].at[slot])
 
-            lax.fori_loop(item.begin, item.end, step, None)
+def _copy_queries(cta: Cta, warp, r, item: Item):
+    """The rows of item number r that warpgroup number `warp` attends with."""
+    scratch, q_slot = cta.scratch, cta.query_slot(r)
+    pl.when(r >= cta.call.config.queries)(lambda: plgpu.barrier_wait(scratch.q_free.at[q_slot]))
+    head, offset = cta.items.rows_of(item, warp)
+    source = cta.q.at[pl.ds(item.row + offset, ROWS), head]
+    plgpu.copy_gmem_to_smem(source, scratch.queries.at[q_slot, warp], scratch.q_ready.at[q_slot])
 
-        for_each_item(visit)
+
+def _copy_tile(cta: Cta, warp, item: Item, kv_head, done, t, _):
+    """This warp's pages of tile number t of the cached tokens, of keys and values, with their scales."""
+    scratch, config = cta.scratch, cta.call.config
+    _, K, N, _ = cta.cache[KEYS].shape
+    size = min(N, config.tile)
+    nth = done + t - item.begin
+    slot = cta.slot(nth)
+    token = t * config.tile
+    mine = [warp + p for p in range(0, config.tile // size, WARPS)]
+    blocks = [block_at(cta.tables, item.seq, token, N, p) for p in mine]
+    row = lax.rem(token, jnp.int32(N)) if config.tile < N else 0
+    for which in (KEYS, VALUES):
+        pl.when(nth >= config.stages)(partial(plgpu.barrier_wait, scratch.free[which].at[slot]))
+        arrived = scratch.arrived(which).at[slot]
+        for p, block in zip(mine, blocks, strict=True):
+            slab = cta.cache[which].at[block, kv_head, pl.ds(row, size)]
+            plgpu.copy_gmem_to_smem(slab, scratch.inbox(which, slot).at[pl.ds(p * size, size)], arrived)
+            if scratch.scales:
+                place = scratch.scales[which].at[slot, p]
+                run = cta.cache[2 + which].at[pl.ds((block * K + kv_head) * N + row, place.shape[0])]
+                plgpu.copy_gmem_to_smem(run, place, arrived)
+
+
+def _widen(cta: Cta):
+    """The role of the last warpgroup, over eight bits: makes every tile of the rings one of 16 bits."""
+    plgpu.set_max_registers(cta.registers[2], action="decrease")
+    scratch = cta.scratch
+
+    def visit(_, item, done):
+        def step(t, _):
+            slot = cta.slot(done + t - item.begin)
+            for which in (KEYS, VALUES):
+                plgpu.barrier_wait(scratch.copied[which].at[slot])
+                widen_tile(scratch.inbox(which, slot), scratch.tile(which, slot))
+                plgpu.barrier_arrive(scratch.ready[which].at[slot])
+
+        lax.fori_loop(item.begin, item.end, step, None)
+
+    cta.items.for_each(visit)
 
 
 def _visible(shape, query, cached, window):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.gpu.prefill import list_work
+from kernels_pallas.gpu.prefill_work import list_work
 
 T, S, TILE = 500, 6, 128
 sequences = st.lists(st.tuples(st.integers(1, 80), st.integers(0, 900)), max_size=S)  # new tokens, those before them
