@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.gpu.decode_work import FIELDS, TILE, Cuts, DecodeConfig, list_work, share_work
 from kernels_pallas.gpu.merge import Sinks, Unfinished, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
@@ -38,104 +39,6 @@ from kernels_pallas.gpu.rows import (
     store_rows,
     tiles_of_8,
 )
-
-TILE = 64  # cached tokens multiplied at a time
-FIELDS = 8  # columns of the list of work, see list_work
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How the work is cut and laid out on the machine.
-
-    Attributes:
-      min_split: a sequence is cut into splits of at least this many tokens ...
-      max_splits: ... and into at most this many of them.
-      workers: pairs of a compute and a memory warpgroup in one CTA, one CTA to an SM.
-      stages: tiles of keys, and of values, in flight for each worker.
-      waves: where workers have runs of items, how these are in length, those of as many CTAs as there are SMs each. The
-        fastest SM is done in 70% of the slowest's time, and the hardware gives it the next CTA.
-    """
-
-    min_split: int
-    max_splits: int
-    workers: int
-    stages: int
-    waves: tuple[int, ...] = (22, 2, 1)
-
-    @classmethod
-    def of(cls, head_dim: int) -> "DecodeConfig":
-        """Fills the 227 KB of an H100's shared memory: a worker needs ROWS queries and its stages."""
-        workers, stages = {64: (2, 6), 128: (2, 3), 256: (1, 3)}[head_dim]
-        return cls(min_split=256, max_splits=32, workers=workers, stages=stages)
-
-
-class Cuts(NamedTuple):
-    """How sequences are cut, int32[S] each: first visible token, tokens from there, tokens of a split (but the last),
-    and splits; and `most`, the most splits that a sequence can have."""
-
-    start: jax.Array
-    tokens: jax.Array
-    size: jax.Array
-    splits: jax.Array
-    most: int
-
-    @classmethod
-    def of(cls, kv_lens, block_table_tokens: int, window: int | None, config: DecodeConfig) -> "Cuts":
-        start = jnp.maximum(kv_lens - (window or block_table_tokens), 0) // TILE * TILE
-        tokens = kv_lens - start
-        size = jnp.maximum(pl.cdiv(pl.cdiv(tokens, config.max_splits), TILE) * TILE, config.min_split)
-        visible = block_table_tokens if window is None else min(block_table_tokens, window + TILE)
-        most = min(config.max_splits, pl.cdiv(visible, config.min_split))
-        return cls(start, tokens, size, pl.cdiv(tokens, size).astype(jnp.int32), most)
-
-
-def list_work(cuts: Cuts, kv_lens):
-    """The items of work, before the split over key/value heads.
-
-    Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
-    first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. They depend
-    on nothing but lengths, so that one list serves all layers that have the same window.
-    """
-    S = kv_lens.shape[0]
-    before = _before(cuts.splits)
-    j = jnp.arange(cuts.most)[None, :]
-    first = cuts.start[:, None] + j * cuts.size[:, None]
-    stop = jnp.minimum(first + cuts.size[:, None], kv_lens[:, None])
-    of_seq = [column[:, None] for column in (before, cuts.splits, cuts.size)]
-    columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, *of_seq]
-    rows = jnp.stack([jnp.broadcast_to(c, (S, cuts.most)) for c in columns], axis=-1).astype(jnp.int32)
-    place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * cuts.most)
-    work = jnp.zeros((S * cuts.most, FIELDS), jnp.int32)
-    work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(cuts.splits).astype(jnp.int32)[None]
-
-
-def _before(counts):
-    """int32[S]: the sum of those before each."""
-    S = counts.shape[0]
-    return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
-
-
-def share_work(cuts: Cuts, K: int, weights):
-    """int32[workers + 1]: worker w has the items from number w of these up to number w + 1. Items are ordered by
-    sequence, head and split; an item is of the worker in whose share of all tiles, by the workers' weights, its middle
-    lies."""
-    S = cuts.splits.shape[0]
-    tiles, size = pl.cdiv(cuts.tokens, TILE), cuts.size // TILE
-    before, splits_before = _before(tiles) * K, _before(cuts.splits) * K
-    total, weight = jnp.sum(tiles) * K, np.cumsum([0, *weights])
-    share = total // weight[-1] * weight + total % weight[-1] * weight // weight[-1]
-    seq = jnp.sum((before + tiles * K)[None, :] <= share[:, None], axis=1)
-    tiles, size, splits, before, splits_before = (
-        x.at[seq].get(mode="fill", fill_value=fill)
-        for x, fill in ((tiles, 1), (size, 1), (cuts.splits, 0), (before, 0), (splits_before, 0))
-    )
-    head, place = (share - before) // tiles, (share - before) % tiles
-    whole = jnp.clip(pl.cdiv(2 * place - size, 2 * size), 0, splits - 1)  # splits whose middle comes before `place`
-    last = 2 * (splits - 1) * size + tiles - (splits - 1) * size
-    behind = jnp.where((whole == splits - 1) & (last < 2 * place), splits, whole)
-    found = splits_before + head * splits + behind
-    return jnp.where(seq < S, found, jnp.sum(cuts.splits) * K).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))

@@ -17,7 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.decode import Cuts, DecodeConfig, list_work, logits_of
+from kernels_pallas.gpu.decode import logits_of
+from kernels_pallas.gpu.decode_work import Cuts, DecodeConfig, list_work
 from kernels_pallas.gpu.eight_bits import (
     TILE,
     keys_operand,

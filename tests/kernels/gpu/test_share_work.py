@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.gpu.decode import TILE, Cuts, DecodeConfig, list_work, share_work
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, list_work, share_work
 
 S, TOKENS = 9, 40_000
 lengths = st.lists(st.one_of(st.just(0), st.integers(1, 700), st.integers(1, TOKENS)), min_size=S, max_size=S)
