@@ -138,6 +138,7 @@ async def measure(bench: OneThread, args: HostArgs) -> list[list[Span]]:
         clock.spans = []
         await step(bench, clock.time("publish", publish), clock)
         steps.append(clock.spans)
+    clock.spans = []  # what follows is of no step
     for reader in readers:
         reader.cancel()
     await asyncio.gather(*readers, return_exceptions=True)
