@@ -10,6 +10,7 @@ other groups around its own: they are multiplied too, and not stored.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -110,7 +111,7 @@ def grouped_matmul(x, weights, group_sizes, activation: Callable | None = None, 
     full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     return plgpu.kernel(
-        partial(_multiply, activation=activation, config=config),
+        partial(_grouped, activation=activation, config=config),
         out_type=jax.ShapeDtypeStruct((M, F), x.dtype),
         grid=(min(len(work) * (F // config.features), num_sms()),),
         grid_names=("cta",),
@@ -126,85 +127,150 @@ def grouped_matmul(x, weights, group_sizes, activation: Callable | None = None, 
     )(work, through, tiles_of_8(x), weights.reshape(X, halves, F, C))
 
 
-def _multiply(work, through, x, w, out, x_smem, w_smem, ready, free, *, activation, config):
-    X, halves, F, C = w.shape
+class Item(NamedTuple):
+    """A tile of x's rows times some rows of its group's matrix.
+
+    Attributes:
+      row: the tile's first in x.
+      low, high: which of its rows are the group's, the first and the last + 1.
+      group: whose matrix.
+      feature: the first row of it.
+    """
+
+    row: jax.Array
+    low: jax.Array
+    high: jax.Array
+    group: jax.Array
+    feature: jax.Array
+
+
+@dataclass(frozen=True)
+class Items:
+    """A CTA's share of the work.
+
+    Attributes:
+      work: int32[tiles, 4], of list_tiles.
+      features, feature_tiles: rows of a matrix in an item, and items for each tile.
+      length: stages of an item.
+      first, stride: the number of the CTA's first item, and from one to the next.
+      count: of its items.
+    """
+
+    work: jax.Ref
+    features: int
+    feature_tiles: int
+    length: int
+    first: jax.Array
+    stride: jax.Array
+    count: jax.Array
+
+    def read(self, i) -> Item:
+        """The CTA's item i."""
+        i = self.first + i * self.stride
+        tile = lax.div(i, jnp.int32(self.feature_tiles))
+        row, low, high, group = (self.work[tile, f] for f in range(4))
+        return Item(row, low, high, group, lax.rem(i, jnp.int32(self.feature_tiles)) * jnp.int32(self.features))
+
+    def for_each(self, visit) -> None:
+        """Calls visit(item, stages before)."""
+
+        def step(i, done):
+            visit(self.read(i), done)
+            return done + self.length
+
+        lax.fori_loop(0, self.count, step, jnp.int32(0))
+
+
+class Ring(NamedTuple):
+    """Stages on their way to a CTA.
+
+    Attributes:
+      x: [stages, warpgroups, ROWS, depth] in shared memory.
+      w: [stages, halves, features, depth].
+      ready, free: a barrier for each stage.
+    """
+
+    x: jax.Ref
+    w: jax.Ref
+    ready: Any
+    free: Any
+
+
+def _grouped(work, through, x, w, out, *ring, activation, config):
+    """The kernel: the warpgroups of a CTA multiply, but the last, which copies for them."""
+    X, _, F, C = w.shape
     me = lax.axis_index("warpgroup")
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    stages, depth, features = jnp.int32(config.stages), config.depth, config.features
-    feature_tiles, length = F // features, C // depth
-    mine = lax.div(through[X - 1] * feature_tiles - cta + ctas - 1, ctas)
-
-    def item(i):
-        """First row of x, the group's rows from there (first, last + 1), group, row of its matrix."""
-        i = cta + i * ctas
-        tile = lax.div(i, jnp.int32(feature_tiles))
-        row, low, high, group = (work[tile, f] for f in range(4))
-        return row, low, high, group, lax.rem(i, jnp.int32(feature_tiles)) * features
+    feature_tiles, length = F // config.features, C // config.depth
+    count = lax.div(through[X - 1] * feature_tiles - cta + ctas - 1, ctas)
+    mine = Items(work, config.features, feature_tiles, length, cta, ctas, count)
 
     @pl.when(me < config.warpgroups)
-    def compute():
+    def multiply():
         if config.warpgroups > 1:
             plgpu.set_max_registers(232, action="increase")
-
-        def multiply(i, step):
-            row, low, high, _, feature = item(i)
-            low, high, row = low - me * ROWS, high - me * ROWS, row + me * ROWS
-            multiplied = jnp.where(high > 0, length, 0)  # a group's last tile may have no rows for this warpgroup
-
-            def sums(*accs):
-                def stage(k, _):
-                    slot = lax.rem(step + k, stages)
-                    plgpu.barrier_wait(ready.at[slot])
-                    for half, acc in enumerate(accs):
-                        plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot, half].transpose((1, 0)))
-                    plgpu.wgmma_wait(halves)
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + k - 1, stages)]))
-
-                lax.fori_loop(0, multiplied, stage, None)
-                return [acc[...] for acc in accs]
-
-            def skip(k, _):
-                slot = lax.rem(step + k, stages)
-                plgpu.barrier_wait(ready.at[slot])
-                plgpu.barrier_arrive(free.at[slot])
-
-            found = pl.run_scoped(sums, *[plgpu.ACC((ROWS, features), jnp.float32)] * halves)
-            pl.when(high > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(step + length - 1, stages)]))
-            if config.warpgroups > 1:
-                lax.fori_loop(multiplied, length, skip, None)
-            y = found[0] if activation is None else activation(found[0]) * found[1]
-            store_rows(out.at[:, pl.ds(feature, features)], y.astype(out.dtype), high, low, to=row)
-            return step + length
-
-        lax.fori_loop(0, mine, multiply, jnp.int32(0))
+        mine.for_each(partial(_multiply, me, Ring(*ring), out, activation, length))
 
     @pl.when(me == config.warpgroups)
     def copy():
         if config.warpgroups > 1:
             plgpu.set_max_registers(40, action="decrease")
+        mine.for_each(partial(_copy, x, w, Ring(*ring), length))
 
-        def fetch(i, step):
-            row, _, high, group, feature = item(i)
 
-            def stage(k, _):
-                slot = lax.rem(step + k, stages)
-                columns = pl.ds(k * depth, depth)
-                pl.when(step + k >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for half in range(halves):
-                    rows = w.at[group, half, pl.ds(feature, features), columns]
-                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, half], ready.at[slot])
-                for g in range(config.warpgroups):
+def _multiply(me, ring: Ring, out, activation, length: int, item: Item, done) -> None:
+    """Stores warpgroup `me`'s rows of the item's product in out [M, F]; its stages come `done` stages after the CTA's
+    first."""
+    stages, warpgroups = jnp.int32(ring.x.shape[0]), ring.x.shape[1]
+    _, halves, features, _ = ring.w.shape
+    low, high, row = item.low - me * ROWS, item.high - me * ROWS, item.row + me * ROWS
+    multiplied = jnp.where(high > 0, length, 0)  # a group's last tile may have no rows for this warpgroup
 
-                    def copy_rows(size, g=g):
-                        size = min(size, x.shape[0])
-                        rows = x.at[pl.ds(row + g * ROWS, size), columns]
-                        plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, size)], ready.at[slot])
+    def sums(*accs):
+        def stage(k, _):
+            slot = lax.rem(done + k, stages)
+            plgpu.barrier_wait(ring.ready.at[slot])
+            for half, acc in enumerate(accs):
+                plgpu.wgmma(acc, ring.x.at[slot, me], ring.w.at[slot, half].transpose((1, 0)))
+            plgpu.wgmma_wait(halves)
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(done + k - 1, stages)]))
 
-                    few = high - g * ROWS <= FEW
-                    pl.when(few)(partial(copy_rows, FEW))
-                    pl.when(~few)(partial(copy_rows, ROWS))
+        lax.fori_loop(0, multiplied, stage, None)
+        return [acc[...] for acc in accs]
 
-            lax.fori_loop(0, length, stage, None)
-            return step + length
+    def skip(k, _):
+        slot = lax.rem(done + k, stages)
+        plgpu.barrier_wait(ring.ready.at[slot])
+        plgpu.barrier_arrive(ring.free.at[slot])
 
-        lax.fori_loop(0, mine, fetch, jnp.int32(0))
+    found = pl.run_scoped(sums, *[plgpu.ACC((ROWS, features), jnp.float32)] * halves)
+    pl.when(high > 0)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(done + length - 1, stages)]))
+    if warpgroups > 1:
+        lax.fori_loop(multiplied, length, skip, None)
+    y = found[0] if activation is None else activation(found[0]) * found[1]
+    store_rows(out.at[:, pl.ds(item.feature, features)], y.astype(out.dtype), high, low, to=row)
+
+
+def _copy(x, w, ring: Ring, length: int, item: Item, done) -> None:
+    """Copies the item's stages of x [M, C] and w [X, halves, F, C] into the ring, as soon as they are free there."""
+    (stages, warpgroups, _, depth), (halves, features) = ring.x.shape, ring.w.shape[1:3]
+    stages = jnp.int32(stages)
+
+    def stage(k, _):
+        slot, columns = lax.rem(done + k, stages), pl.ds(k * depth, depth)
+        pl.when(done + k >= stages)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
+        for half in range(halves):
+            rows = w.at[item.group, half, pl.ds(item.feature, features), columns]
+            plgpu.copy_gmem_to_smem(rows, ring.w.at[slot, half], ring.ready.at[slot])
+        for g in range(warpgroups):
+
+            def copy_rows(size, g=g):
+                size = min(size, x.shape[0])
+                rows = x.at[pl.ds(item.row + g * ROWS, size), columns]
+                plgpu.copy_gmem_to_smem(rows, ring.x.at[slot, g, pl.ds(0, size)], ring.ready.at[slot])
+
+            few = item.high - g * ROWS <= FEW
+            pl.when(few)(partial(copy_rows, FEW))
+            pl.when(~few)(partial(copy_rows, ROWS))
+
+    lax.fori_loop(0, length, stage, None)
