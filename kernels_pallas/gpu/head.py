@@ -8,6 +8,7 @@ copies of W are one. How a score is made never depends on how many rows there ar
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -113,54 +114,63 @@ def _of_rows(keys, temperature, padded):
     return [jnp.pad(x, ((0, 0), (0, padded - x.shape[1]))) for x in (keys, factors)]
 
 
+class Ring(NamedTuple):
+    """Stages on their way to a CTA.
+
+    Attributes:
+      x: [stages, warpgroups, ROWS, depth] in shared memory.
+      w: [stages, 2, run, depth], of a tile's two runs.
+      ready, free: a barrier for each stage; `free` is of the whole cluster.
+    """
+
+    x: jax.Ref
+    w: jax.Ref
+    ready: Any
+    free: Any
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of W that a cluster takes.
+
+    Attributes:
+      run: tokens of each of a tile's two runs.
+      length: stages of a tile.
+      first, stride: the number of the cluster's first tile, and from one to the next.
+      count: of its tiles.
+    """
+
+    run: int
+    length: int
+    first: jax.Array
+    stride: int
+    count: jax.Array
+
+    def runs(self, i):
+        """The first tokens of both runs of the cluster's tile i."""
+        tile, parts = self.first + i * self.stride, jnp.int32(RUN // self.run)
+        token = lax.div(tile, parts) * PAIR + lax.rem(tile, parts) * self.run
+        return token, token + RUN
+
+
 def _search(x, w, *refs, V, tiles, clusters, config):
+    """The kernel: the warpgroups of a CTA multiply and look, but the last, which copies for them."""
     *drawn, scores, tokens, x_smem, w_smem, ready, free = refs
+    ring = Ring(x_smem, w_smem, ready, free)
     me, cluster = lax.axis_index("warpgroup"), lax.axis_index("cluster")
     part = lax.axis_index("part") if config.cluster > 1 else 0
     group, first = lax.div(cluster, jnp.int32(clusters)), lax.rem(cluster, jnp.int32(clusters))
     row = group * config.rows + part * (ROWS * config.warpgroups)
-    mine = lax.div(tiles - first + clusters - 1, jnp.int32(clusters))
-    stages, run, length = jnp.int32(config.stages), config.run, w.shape[1] // config.depth
-
-    def runs(i):
-        """The first tokens of both runs of this CTA's tile i."""
-        tile, parts = first + i * clusters, jnp.int32(RUN // run)
-        token = lax.div(tile, parts) * PAIR + lax.rem(tile, parts) * run
-        return token, token + RUN
+    count = lax.div(tiles - first + clusters - 1, jnp.int32(clusters))
+    mine = Tiles(config.run, w.shape[1] // config.depth, first, clusters, count)
 
     @pl.when(me < config.warpgroups)
-    def compute():
+    def multiply():
         if config.warpgroups > 1:
             plgpu.set_max_registers(232, action="increase")
         my_rows = pl.ds(row + me * ROWS, ROWS)
         of_rows = [[_column(ref.at[i, my_rows]) for i in range(2)] for ref in drawn]
-
-        def release(step):
-            if config.cluster > 1:  # where one thread arrives for all
-                sync_warpgroup()
-            plgpu.barrier_arrive(free.at[lax.rem(step, stages)])
-
-        def multiply(step, *accs):
-            def stage(k, _):
-                slot = lax.rem(step + k, stages)
-                plgpu.barrier_wait(ready.at[slot])
-                for i, acc in enumerate(accs):
-                    plgpu.wgmma(acc, x_smem.at[slot, me], w_smem.at[slot, i].transpose((1, 0)))
-                plgpu.wgmma_wait(2)
-                pl.when(k > 0)(lambda: release(step + k - 1))
-
-            lax.fori_loop(0, length, stage, None)
-            return [acc[...] for acc in accs]
-
-        def look(i, carry):
-            step, best = i * length, carry
-            logits = pl.run_scoped(partial(multiply, step), *[plgpu.ACC((ROWS, run), jnp.float32)] * 2)
-            release(step + length - 1)
-            return _better(best, logits, runs(i), V, *of_rows)
-
-        worst = _spread(_column_of(-jnp.inf)), _spread(_column_of(0).astype(jnp.int32))
-        best = lax.fori_loop(0, mine, look, (worst, worst))
-        score, token = _best(best, V)
+        score, token = _best(_look_at_tiles(me, mine, ring, of_rows, V, config.cluster > 1), V)
         for ref, found in ((scores, score), (tokens, token)):
             store_column(ref.at[first, my_rows], found, ROWS)
 
@@ -168,30 +178,68 @@ def _search(x, w, *refs, V, tiles, clusters, config):
     def copy():
         if config.warpgroups > 1:
             plgpu.set_max_registers(40, action="decrease")
-        fetched = min(ROWS, x.shape[0])
-        together = ("part",) if config.cluster > 1 else None
+        _copy(x, w, row, mine, ring, config.cluster > 1)
 
-        def fetch(i, _):
-            def stage(k, _):
-                step = i * length + k
-                slot, columns = lax.rem(step, stages), pl.ds(k * config.depth, config.depth)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for j, token in enumerate(runs(i)):
-                    rows = w.at[pl.ds(token, run), columns]
-                    plgpu.copy_gmem_to_smem(rows, w_smem.at[slot, j], ready.at[slot], collective_axes=together)
-                for g in range(config.warpgroups):
-                    rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
-                    plgpu.copy_gmem_to_smem(rows, x_smem.at[slot, g, pl.ds(0, fetched)], ready.at[slot])
 
-            lax.fori_loop(0, length, stage, None)
+def _look_at_tiles(me, tiles: Tiles, ring: Ring, of_rows, V, in_cluster):
+    """What `_better` finds for warpgroup `me`'s rows in all tiles. of_rows: the rows' keys and factors, if any."""
+    stages = jnp.int32(ring.x.shape[0])
 
-        lax.fori_loop(0, mine, fetch, None)
-        if config.cluster > 1:  # the other CTA may still write here
+    def release(step):
+        if in_cluster:  # where one thread arrives for all
+            sync_warpgroup()
+        plgpu.barrier_arrive(ring.free.at[lax.rem(step, stages)])
 
-            def drain(step, _):
-                plgpu.barrier_wait(free.at[lax.rem(step, stages)])
+    def multiply(step, *accs):
+        def stage(k, _):
+            slot = lax.rem(step + k, stages)
+            plgpu.barrier_wait(ring.ready.at[slot])
+            for i, acc in enumerate(accs):
+                plgpu.wgmma(acc, ring.x.at[slot, me], ring.w.at[slot, i].transpose((1, 0)))
+            plgpu.wgmma_wait(2)
+            pl.when(k > 0)(lambda: release(step + k - 1))
 
-            lax.fori_loop(jnp.maximum(mine * length - stages, 0), mine * length, drain, None)
+        lax.fori_loop(0, tiles.length, stage, None)
+        return [acc[...] for acc in accs]
+
+    def look(i, best):
+        step = i * tiles.length
+        logits = pl.run_scoped(partial(multiply, step), *[plgpu.ACC((ROWS, tiles.run), jnp.float32)] * 2)
+        release(step + tiles.length - 1)
+        return _better(best, logits, tiles.runs(i), V, *of_rows)
+
+    worst = _spread(_column_of(-jnp.inf)), _spread(_column_of(0).astype(jnp.int32))
+    return lax.fori_loop(0, tiles.count, look, (worst, worst))
+
+
+def _copy(x, w, row, tiles: Tiles, ring: Ring, in_cluster) -> None:
+    """Copies the tiles' stages, and those of x [M, C] from `row` on, into the ring, as soon as they are free there."""
+    stages, warpgroups, _, depth = ring.x.shape
+    stages, fetched = jnp.int32(stages), min(ROWS, x.shape[0])
+    together = ("part",) if in_cluster else None
+
+    def fetch(i, _):
+        def stage(k, _):
+            step = i * tiles.length + k
+            slot, columns = lax.rem(step, stages), pl.ds(k * depth, depth)
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
+            for j, token in enumerate(tiles.runs(i)):
+                rows = w.at[pl.ds(token, tiles.run), columns]
+                plgpu.copy_gmem_to_smem(rows, ring.w.at[slot, j], ring.ready.at[slot], collective_axes=together)
+            for g in range(warpgroups):
+                rows = x.at[pl.ds(row + g * ROWS, fetched), columns]
+                plgpu.copy_gmem_to_smem(rows, ring.x.at[slot, g, pl.ds(0, fetched)], ring.ready.at[slot])
+
+        lax.fori_loop(0, tiles.length, stage, None)
+
+    lax.fori_loop(0, tiles.count, fetch, None)
+    if in_cluster:  # the other CTA may still write here
+
+        def drain(step, _):
+            plgpu.barrier_wait(ring.free.at[lax.rem(step, stages)])
+
+        end = tiles.count * tiles.length
+        lax.fori_loop(jnp.maximum(end - stages, 0), end, drain, None)
 
 
 def _better(best, logits, firsts, V, keys=None, factors=None):
