@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas.gpu.decode_work import FIELDS, TILE, Cuts, DecodeConfig, list_work, share_work
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
 from kernels_pallas.gpu.merge import Sinks, Unfinished, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
@@ -108,29 +108,6 @@ def _scratch(config: DecodeConfig, D: int, N: int, dtype) -> list:
     return [queries, ring, ring, plgpu.Barrier(num_barriers=workers), full, full, free, free]
 
 
-class Item(NamedTuple):
-    """One split of a sequence for one key/value head.
-
-    Attributes:
-      seq, head: whose.
-      split, splits: its number among the sequence's, and how many these are.
-      first, stop: the first of its cached tokens, and the last + 1.
-      length: of the sequence.
-    """
-
-    seq: jax.Array
-    head: jax.Array
-    split: jax.Array
-    splits: jax.Array
-    first: jax.Array
-    stop: jax.Array
-    length: jax.Array
-
-    @property
-    def tiles(self):
-        return lax.div(self.stop - self.first + TILE - 1, jnp.int32(TILE))
-
-
 @dataclass(frozen=True)
 class Items:
     """A worker's share of the work.
@@ -161,15 +138,8 @@ class Items:
 
     def read(self, n) -> Item:
         """The worker's item n."""
-        i = self.begin + n * self.stride
-        row = lax.div(i, jnp.int32(self.heads))
-        seq, first, stop, length, split, before, splits, size = (self.work[row, f] for f in range(FIELDS))
-        if not self.in_runs:
-            return Item(seq, lax.rem(i, jnp.int32(self.heads)), split, splits, first, stop, length)
-        i -= before * self.heads
-        head, nth = lax.div(i, splits), lax.rem(i, splits)
-        first += (nth - split) * size
-        return Item(seq, head, nth, splits, first, jnp.minimum(first + size, length), length)
+        read = Item.in_run if self.in_runs else Item.at
+        return read(self.work, self.begin + n * self.stride, self.heads)
 
 
 @dataclass(frozen=True)

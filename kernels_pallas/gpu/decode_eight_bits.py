@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.gpu.decode import logits_of
-from kernels_pallas.gpu.decode_work import Cuts, DecodeConfig, list_work
+from kernels_pallas.gpu.decode_work import Cuts, DecodeConfig, Item, list_work
 from kernels_pallas.gpu.eight_bits import (
     TILE,
     keys_operand,
@@ -103,27 +103,6 @@ def _scratch(config: DecodeConfig, R: int, D: int, N: int, dtype, cache_dtype) -
     ]
 
 
-class Item(NamedTuple):
-    """One split of a sequence for one key/value head; all but the head is a row of the list.
-
-    Attributes:
-      first, stop: the first of its cached tokens, and the last + 1.
-      length: of the sequence.
-      split: its number among the sequence's.
-    """
-
-    head: jax.Array
-    seq: jax.Array
-    first: jax.Array
-    stop: jax.Array
-    length: jax.Array
-    split: jax.Array
-
-    @property
-    def tiles(self):
-        return lax.div(self.stop - self.first + TILE - 1, jnp.int32(TILE))
-
-
 @dataclass(frozen=True)
 class Items:
     """The items of all workers, each of which has every so many, by sequence, split and head.
@@ -144,9 +123,7 @@ class Items:
         """Item r of a worker of this CTA; behind the end, the last of all."""
         i = worker * lax.axis_size("cta") + lax.axis_index("cta") + r * (self.workers * lax.axis_size("cta"))
         i = jnp.clip(i, 0, jnp.maximum(self.count[0] * self.heads - 1, 0))
-        row = lax.div(i, jnp.int32(self.heads))
-        columns = range(len(Item._fields) - 1)
-        return Item(lax.rem(i, jnp.int32(self.heads)), *(self.work[row, f] for f in columns))
+        return Item.at(self.work, i, self.heads)
 
     def for_each(self, worker, visit) -> None:
         """Calls visit(item, the next one, tiles before) for a worker's items. The next one is read meanwhile."""

@@ -7,6 +7,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 TILE = 64  # cached tokens multiplied at a time
 FIELDS = 8  # columns of the list of work, see list_work
@@ -105,3 +106,43 @@ def share_work(cuts: Cuts, K: int, weights):
     behind = jnp.where((whole == splits - 1) & (last < 2 * place), splits, whole)
     found = splits_before + head * splits + behind
     return jnp.where(seq < S, found, jnp.sum(cuts.splits) * K).astype(jnp.int32)
+
+
+class Item(NamedTuple):
+    """One split of a sequence for one key/value head, as a worker reads it in a kernel.
+
+    Attributes:
+      seq, head: whose.
+      split, splits: its number among the sequence's, and how many these are.
+      first, stop: the first of its cached tokens, and the last + 1.
+      length: of the sequence.
+    """
+
+    seq: jax.Array
+    head: jax.Array
+    split: jax.Array
+    splits: jax.Array
+    first: jax.Array
+    stop: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def at(cls, work, i, heads: int) -> "Item":
+        """Number i of all items by sequence, split and head; work: int32[W, FIELDS] of list_work."""
+        row = lax.div(i, jnp.int32(heads))
+        seq, first, stop, length, split, _, splits, _ = (work[row, f] for f in range(FIELDS))
+        return cls(seq, lax.rem(i, jnp.int32(heads)), split, splits, first, stop, length)
+
+    @classmethod
+    def in_run(cls, work, i, heads: int) -> "Item":
+        """Number i of all items by sequence, head and split, as share_work counts them."""
+        row = lax.div(i, jnp.int32(heads))
+        seq, first, _, length, split, before, splits, size = (work[row, f] for f in range(FIELDS))
+        i -= before * heads
+        head, nth = lax.div(i, splits), lax.rem(i, splits)
+        first += (nth - split) * size
+        return cls(seq, head, nth, splits, first, jnp.minimum(first + size, length), length)
+
+    @property
+    def tiles(self):
+        return lax.div(self.stop - self.first + TILE - 1, jnp.int32(TILE))
