@@ -41,8 +41,9 @@ class MachineDefaults(NamedTuple):
 
 
 # "full" alone: what no row of it uses is skipped at run time, at no cost on a CPU; a TPU's compiler is slow, and it
-# saves a dozen programs for a few percent of a step. Hopper's tensor cores take 8 rows in the time of 2, and a head
-# takes as long for 1 row as for 8, for 16 as for 32, for 96 as for 128 and for 192 as for 256.
+# saves a dozen programs for a few percent of a step. Hopper's tensor cores take 8 rows in the time of 2, its
+# linear layers take longer for 96 and 192 rows than for 128 and 256, and a head as long for 1 row as for 8, for 16 as
+# for 32.
 ON_CPU, ON_TPU = (1, 4, 16, 64, 256, 1024), (16, 64, 256, 1024)
 ON_GPU = (1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
 SAMPLED_ON_GPU = (8, 32, 64, 128, 256, 512, 1024)
