@@ -22,7 +22,7 @@ from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, ti
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
 WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
-ITEM_COST = 32 * 1024  # bytes that a CTA could read in the time that starting on other rows costs it
+STORE_COST = 6 * 1024  # bytes of shared memory read or written in the time that it takes to store a column of 64 rows
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,23 @@ class LinearConfig:
     def of(cls, M: int, F: int, C: int, gated: bool = False) -> "LinearConfig":
         """For x [M, C] and W [F, C] (two such, if gated)."""
         halves, sms = 1 + gated, num_sms()
-        warpgroups = 1 if M <= ROWS else 2
-        rows = ROWS * warpgroups
         splits = 1 if gated else max(1, min(C // 256, sms * NARROW // F))
-        row_tiles = pl.cdiv(M, rows)
+        widest = (WIDE if M <= ROWS else 256) // halves
 
-        def cost(features):
-            """Bytes that the busiest SM reads."""
-            rounds = pl.cdiv(row_tiles * (F // features) * splits, sms)
-            return rounds * ((rows + halves * features) * C // splits * 2 + ITEM_COST)
+        def cost(tile):
+            """Bytes of shared memory that the busiest SM writes and reads: it binds where memory does not."""
+            warpgroups, features = tile
+            rows, columns = ROWS * warpgroups, halves * features
+            rounds = pl.cdiv(pl.cdiv(M, rows) * (F // features) * splits, sms)
+            moved = (rows + columns) + warpgroups * (ROWS + columns)
+            return rounds * (moved * 2 * C // splits + columns * STORE_COST)
 
-        widest = (WIDE if M <= 4 * ROWS else 256) // halves
-        features = min((n for n in range(8, widest + 1, 8) if F % n == 0), key=cost)
-        column = (rows + halves * features) * 2
-        # Longer pieces of W's rows are read faster, if beside the stages that warpgroups work on some are on their way.
-        depth = 128 if C % 128 == 0 and column * 128 * (3 + warpgroups) <= SHARED_MEMORY else 64
+        few = M <= 2 * ROWS  # memory binds: stages should have much of W, so better read it once for each 64 rows
+        tiles = ((w, f) for w in ((1,) if few else (1, 2)) for f in range(8, widest + 1, 8) if F % f == 0)
+        warpgroups, features = min(tiles, key=cost)
+        column = (ROWS * warpgroups + halves * features) * 2
+        # Longer pieces of W's rows are read faster, if beside the stages that are worked on some are on their way.
+        depth = 128 if few and C % 128 == 0 and column * 128 * 4 <= SHARED_MEMORY else 64
         return cls(warpgroups, features, splits, depth, min(SHARED_MEMORY // (column * depth), 12))
 
 
@@ -78,11 +80,12 @@ def unsupported(x, kernel, activation: str | None = None) -> str | None:
 
 
 def slower_than_xla(x, kernel) -> bool:
-    """As measured on an H100: with very few rows XLA's sums over W's rows are faster, with many its products, sooner if
-    the last tile of x is not full: the copy engine is slow behind x's end."""
+    """As measured on an H100: with very few rows XLA's sums over the rows of a small W are faster, with many its
+    products, sooner if the last tile of x is not full: the copy engine is slow behind x's end."""
     M = x.shape[0]
     large = 1 << (25 if M % (2 * ROWS) else 28)
-    return not 8 <= M <= 256 or kernel.shape[0] > 65536 or (M > 128 and kernel.size > large)
+    too_few = M < 8 and kernel.size < 1 << 25
+    return too_few or M > 256 or kernel.shape[0] > 65536 or (M > 128 and kernel.size > large)
 
 
 def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import utils as mgpu
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT, WGMMA_LAYOUT_UPCAST_4X, FragmentedArray
+from jax.experimental.mosaic.gpu.fragmented_array import (
+    WGMMA_LAYOUT,
+    WGMMA_LAYOUT_UPCAST_2X,
+    WGMMA_LAYOUT_UPCAST_4X,
+    FragmentedArray,
+)
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
@@ -100,16 +105,15 @@ def store(ref, x, start, stop, layout, shift=0) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
     def store_registers(_, ref, x, *bounds):
         index = ir.IndexType.get()
-        if mgpu.bitwidth(x.mlir_dtype) == 16 and x.layout == WGMMA_LAYOUT and x.shape[1] % 32 == 0:
-            x = _eight_columns(x)
         first, end, shift = (arith.index_cast(index, bound.registers.item()) for bound in bounds)
-        for (row, *column), register in zip(x.layout.thread_idxs(x.shape), x.registers.flat, strict=True):
-            below = arith.cmpi(arith.CmpIPredicate.slt, row, end)
-            with mgpu.when(arith.andi(below, arith.cmpi(arith.CmpIPredicate.sge, row, first))):
-                place = [arith.addi(row, shift), *column]
-                if flat:
-                    place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
-                vector.store(register, ref, place, alignment=_bytes_of(register))
+        for offset, part in _in_wide_pieces(x):
+            for (row, *column), register in zip(part.layout.thread_idxs(part.shape), part.registers.flat, strict=True):
+                below = arith.cmpi(arith.CmpIPredicate.slt, row, end)
+                with mgpu.when(arith.andi(below, arith.cmpi(arith.CmpIPredicate.sge, row, first))):
+                    place = [arith.addi(row, shift), *(arith.addi(c, mgpu.c(offset, index)) for c in column)]
+                    if flat:
+                        place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
+                    vector.store(register, ref, place, alignment=_bytes_of(register))
 
     store_registers(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
 
@@ -120,23 +124,41 @@ def _bytes_of(register) -> int:
     return mgpu.bitwidth(kind.element_type) * kind.shape[0] // 8
 
 
-def _eight_columns(x):
-    """x [ROWS, D] of 16 bits with 8 neighbouring columns in a thread, which are stored at once, where wgmma leaves 2.
+def _in_wide_pieces(x):
+    """x, or columns of it with the number of the first, such that a thread has as many neighbours as it can store at
+    once."""
+    if mgpu.bitwidth(x.mlir_dtype) != 16 or x.layout != WGMMA_LAYOUT:
+        return [(0, x)]
+    pieces, begin = [], 0
+    for words in (4, 2, 1):
+        end = x.shape[1] // (8 * words) * (8 * words)
+        if end > begin:
+            pieces.append((begin, _neighbours(x[:, begin:end], words)))
+        begin = end
+    return pieces
 
-    The four threads of a row hold as many words of each run of 32 columns: they transpose them.
+
+def _neighbours(x, words):
+    """x [ROWS, D] of 16 bits with 2 * `words` neighbouring columns in a thread, where wgmma leaves 2.
+
+    The four threads of a row hold as many words of each run of 32 columns, and pairs of them of 16: they transpose
+    them.
     """
+    if words == 1:
+        return x
+    layout = {2: WGMMA_LAYOUT_UPCAST_2X, 4: WGMMA_LAYOUT_UPCAST_4X}[words]
     i32 = ir.IntegerType.get_signless(32)
-    vector_of_8 = ir.VectorType.get((8,), x.mlir_dtype)
-    registers = np.empty(WGMMA_LAYOUT_UPCAST_4X.registers_shape(x.shape), dtype=object)
-    runs = x.registers.reshape(-1, 4, 2)  # of words, for each half of a warp's 16 rows
+    together = ir.VectorType.get((2 * words,), x.mlir_dtype)
+    registers = np.empty(layout.registers_shape(x.shape), dtype=object)
+    runs = x.registers.reshape(-1, words, 2)  # of words, for each half of a warp's 16 rows
     for i, half in np.ndindex(len(runs), 2):
-        words = [mgpu.bitcast(word, i32) for word in runs[i, :, half]]
-        for distance in (1, 2):
+        mine = [mgpu.bitcast(word, i32) for word in runs[i, :, half]]
+        for distance in (1, 2)[: words // 2]:
             bit = arith.andi(mgpu.thread_idx(), mgpu.c(distance, i32))
             upper = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu.c(0, i32))
-            for a, b in [(w, w + distance) for w in range(4) if not w & distance]:
-                got = mgpu.shfl_bfly(arith.select(upper, words[a], words[b]), distance)
-                words[a], words[b] = arith.select(upper, got, words[a]), arith.select(upper, words[b], got)
-        together = mgpu.vector_concat([vector.broadcast(ir.VectorType.get((1,), i32), word) for word in words])
-        registers.flat[2 * i + half] = mgpu.bitcast(together, vector_of_8)
-    return FragmentedArray(_registers=registers, _layout=WGMMA_LAYOUT_UPCAST_4X, _is_signed=x.is_signed)
+            for a, b in [(w, w + distance) for w in range(words) if not w & distance]:
+                got = mgpu.shfl_bfly(arith.select(upper, mine[a], mine[b]), distance)
+                mine[a], mine[b] = arith.select(upper, got, mine[a]), arith.select(upper, mine[b], got)
+        joined = mgpu.vector_concat([vector.broadcast(ir.VectorType.get((1,), i32), word) for word in mine])
+        registers.flat[2 * i + half] = mgpu.bitcast(joined, together)
+    return FragmentedArray(_registers=registers, _layout=layout, _is_signed=x.is_signed)
