@@ -93,7 +93,7 @@ def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str
     unsupported = linear.unsupported(x, kernel, activation)
     if deterministic and unsupported:
         raise UnsupportedShapeError(f"deterministic: there is no kernel for {unsupported}; leave deterministic off")
-    return deterministic or not (unsupported or linear.slower_than_xla(x, kernel))
+    return deterministic or not (unsupported or linear.slower_than_xla(x, kernel, activation))
 
 
 def through_xla(x: jax.Array, kernel: jax.Array, out_dtype) -> jax.Array:

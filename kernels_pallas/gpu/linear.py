@@ -1,6 +1,6 @@
-"""Linear layers of few rows: y = x W^T, where reading W is what takes the time.
+"""Linear layers: y = x W^T, above all for few rows, where reading W is what takes the time.
 
-A CTA multiplies all rows (64 to a compute warpgroup) by some of W's rows, which its memory warpgroup streams through a
+A CTA multiplies some rows (64 to a compute warpgroup) by some of W's rows, which its memory warpgroup streams through a
 ring of tiles. Where W has too few rows for every SM, its columns are split too, and the caller adds the parts. How W is
 split follows from its shape alone, and each product is accumulated along its columns in one order, so that a row's
 result never depends on how many there are.
@@ -22,6 +22,7 @@ from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, ti
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
 WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
+PANEL = 16  # tiles of x's rows that are multiplied by all of W before the next
 STORE_COST = 6 * 1024  # bytes of shared memory read or written in the time that it takes to store a column of 64 rows
 
 
@@ -79,13 +80,15 @@ def unsupported(x, kernel, activation: str | None = None) -> str | None:
     return None
 
 
-def slower_than_xla(x, kernel) -> bool:
-    """As measured on an H100: with very few rows XLA's sums over the rows of a small W are faster, with many its
-    products, sooner if the last tile of x is not full: the copy engine is slow behind x's end."""
-    M = x.shape[0]
+def slower_than_xla(x, kernel, activation: str | None = None) -> bool:
+    """As measured on an H100. With very few rows XLA's sums over the rows of a small W are faster. With many its
+    products are as fast, but not with an activation, which it has in a kernel of its own; and with somewhat many faster
+    for a large W, sooner if the last tile of x is not full: the copy engine is slow behind x's end."""
+    M, (rows, C) = x.shape[0], kernel.shape
+    if M > 256:
+        return activation is None or LinearConfig.of(M, rows // 2, C, gated=True).features < 64
     large = 1 << (25 if M % (2 * ROWS) else 28)
-    too_few = M < 8 and kernel.size < 1 << 25
-    return too_few or M > 256 or kernel.shape[0] > 65536 or (M > 128 and kernel.size > large)
+    return (M < 8 and kernel.size < 1 << 25) or rows > 65536 or (M > 128 and kernel.size > large)
 
 
 def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):
@@ -165,13 +168,15 @@ class Items:
     Attributes:
       config: how the work is cut.
       row_tiles: of x, of ROWS rows for each warpgroup.
-      C: columns.
-      first, stride: the number of the CTA's first item, and from one to the next. Neighbours have the same rows of W.
+      F, C: W's rows and columns.
+      first, stride: the number of the CTA's first item, and from one to the next. Neighbours have the same rows of W,
+        and PANEL tiles of x stay in the L2 until all of W has passed.
       count: of its items.
     """
 
     config: LinearConfig
     row_tiles: int
+    F: int
     C: int
     first: jax.Array
     stride: jax.Array
@@ -181,9 +186,11 @@ class Items:
         """The CTA's item i."""
         config, splits = self.config, jnp.int32(self.config.splits)
         unit = 64 if self.C % 128 else 128  # of which splits have a whole number, whatever the depth of stages
-        i = self.first + i * self.stride
-        row = lax.rem(i, jnp.int32(self.row_tiles)) * (ROWS * config.warpgroups)
-        i = lax.div(i, jnp.int32(self.row_tiles))
+        i, panel = self.first + i * self.stride, jnp.int32(PANEL * (self.F // config.features) * config.splits)
+        first_row = lax.div(i, panel) * PANEL
+        rows, i = jnp.minimum(self.row_tiles - first_row, PANEL), lax.rem(i, panel)
+        row = (first_row + lax.rem(i, rows)) * (ROWS * config.warpgroups)
+        i = lax.div(i, rows)
         split = lax.rem(i, splits)
         feature = lax.div(i, splits) * jnp.int32(config.features)
         begin, end = (lax.div((split + j) * (self.C // unit), splits) * (unit // config.depth) for j in range(2))
@@ -219,7 +226,7 @@ def _linear(x, w, out, *ring, row_tiles, items, activation, config):
     """The kernel: the warpgroups of a CTA multiply, but the last, which copies for them."""
     me = lax.axis_index("warpgroup")
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    mine = Items(config, row_tiles, w.shape[2], cta, ctas, lax.div(items - cta + ctas - 1, ctas))
+    mine = Items(config, row_tiles, *w.shape[1:], cta, ctas, lax.div(items - cta + ctas - 1, ctas))
 
     @pl.when(me < config.warpgroups)
     def multiply():
