@@ -15,7 +15,10 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.head import best_tokens
 from kernels_pallas.linear import (
     ACTIVATIONS,
+    Normed,
+    add_linear,
     add_rms_norm,
+    array_of,
     gated_linear,
     linear,
     linear_parts,
@@ -27,10 +30,13 @@ from kernels_pallas.rotary import apply_rotary, sum_parts
 __all__ = [
     "ACTIVATIONS",
     "AttentionBatch",
+    "Normed",
     "QKNorm",
     "UnsupportedShapeError",
+    "add_linear",
     "add_rms_norm",
     "apply_rotary",
+    "array_of",
     "attention_backend",
     "best_tokens",
     "cache_shape",

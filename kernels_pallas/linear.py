@@ -6,6 +6,7 @@ for that on Hopper alone.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False) -> jax.Array:
+class Normed(NamedTuple):
+    """The RMS norm of x [T, E], that is x / rms(x) * (offset + weight), which linear layers apply on their way."""
+
+    x: jax.Array
+    weight: jax.Array
+    epsilon: float
+    offset: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    def array(self) -> jax.Array:
+        """[T, E], for who needs it as such."""
+        from kernels_pallas.gpu import norm
+
+        return norm.rms_norm(*self)
+
+
+def linear(
+    x: jax.Array | Normed, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False
+) -> jax.Array:
     """x [T, in], kernel [out, in] -> [T, out], accumulated in float32; float32 inputs are rounded nowhere.
 
     Raises:
@@ -33,24 +55,44 @@ def linear(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, determin
     return sum_parts(parts, out_dtype)
 
 
-def linear_parts(x: jax.Array, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False) -> jax.Array:
+def linear_parts(
+    x: jax.Array | Normed, kernel: jax.Array, *, out_dtype, backend: str, deterministic: bool = False
+) -> jax.Array:
     """What `linear` adds up: one part of out_dtype, or several of float32, [parts, T, out]."""
     if _kernel_serves(x, kernel, backend, deterministic):
         from kernels_pallas.gpu import linear
 
-        return linear.linear_parts(x, kernel, out_dtype=out_dtype)
-    return through_xla(x, kernel, out_dtype)[None]
+        x, norm = _apart(x)
+        return linear.linear_parts(x, kernel, out_dtype=out_dtype, norm=norm)
+    return through_xla(array_of(x), kernel, out_dtype)[None]
+
+
+def add_linear(
+    total: jax.Array, x: jax.Array | Normed, kernel: jax.Array, *, backend: str, deterministic: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """total [T, out] + `linear` of x, and parts [0, T, out], where a kernel adds them on its way; else `total` as it is
+    and the parts that are to be added."""
+    if _kernel_serves(x, kernel, backend, deterministic) and not deterministic:
+        from kernels_pallas.gpu import linear
+
+        if linear.adds_and_norms(_apart(x)[0], kernel):
+            x, norm = _apart(x)
+            total = linear.linear_parts(x, kernel, out_dtype=total.dtype, norm=norm, onto=total)[0]
+            return total, jnp.zeros((0, *total.shape), total.dtype)
+    return total, linear_parts(x, kernel, out_dtype=total.dtype, backend=backend, deterministic=deterministic)
 
 
 def gated_linear(
-    x: jax.Array, kernel: jax.Array, activation: str, *, backend: str, deterministic: bool = False
+    x: jax.Array | Normed, kernel: jax.Array, activation: str, *, backend: str, deterministic: bool = False
 ) -> jax.Array:
     """activation(gate) * up, where x [T, in] and kernel [2 F, in] give [gate, up] -> [T, F]; the activation is one of
     ACTIVATIONS. Raises as `linear`."""
     if _kernel_serves(x, kernel, backend, deterministic, activation):
         from kernels_pallas.gpu import linear
 
-        return linear.gated_linear(x, kernel, ACTIVATIONS[activation])
+        x, norm = _apart(x)
+        return linear.gated_linear(x, kernel, ACTIVATIONS[activation], norm=norm)
+    x = array_of(x)
     gate, up = jnp.split(through_xla(x, kernel, x.dtype), 2, axis=1)
     return ACTIVATIONS[activation](gate) * up
 
@@ -75,8 +117,11 @@ def add_rms_norm(
     *,
     backend: str,
     deterministic: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """x [T, E] + the sum of parts [any, T, E], which is rounded to x's dtype first; and the `rms_norm` of that."""
+) -> tuple[jax.Array, jax.Array | Normed]:
+    """x [T, E] + the sum of parts [any, T, E], which is rounded to x's dtype first; and the `rms_norm` of that, which
+    is still to be made where `add_linear` has added all."""
+    if not len(parts):
+        return x, Normed(x, weight, epsilon, offset)
     if backend == "mosaic_gpu" and x.dtype.itemsize == 2:
         from kernels_pallas.gpu import norm
 
@@ -85,11 +130,24 @@ def add_rms_norm(
     return x, rms_norm(x, weight, epsilon, offset, deterministic=deterministic)
 
 
+def array_of(x: jax.Array | Normed) -> jax.Array:
+    """[T, E]."""
+    return x.array() if isinstance(x, Normed) else x
+
+
+def _apart(x: jax.Array | Normed):
+    """x, and its norm that the kernels are to apply, if there is one."""
+    from kernels_pallas.gpu import linear
+
+    return (x.x, linear.Norm(*x[1:])) if isinstance(x, Normed) else (x, None)
+
+
 def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str | None = None) -> bool:
     if backend != "mosaic_gpu":
         return False
     from kernels_pallas.gpu import linear
 
+    x, _ = _apart(x)
     unsupported = linear.unsupported(x, kernel, activation)
     if deterministic and unsupported:
         raise UnsupportedShapeError(f"deterministic: there is no kernel for {unsupported}; leave deterministic off")

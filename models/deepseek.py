@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import AttentionBatch, apply_rotary, latent_cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, apply_rotary, array_of, latent_cache_shape, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
@@ -99,12 +99,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Stream, llama.Cache]:
         c = self.config
         x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
-        parts, cache = LatentAttention(c, self.compute, name="attention")(y, rotary, cache, batch)
+        parts, cache = LatentAttention(c, self.compute, name="attention")(array_of(y), rotary, cache, batch)
         x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
         if not self.sparse:
-            return (x, llama.FeedForward(c, self.compute, name="mlp")(y)), cache
-        x = x + SparseFeedForward(c, self.compute, name="mlp")(y, batch)
-        return (x, llama.FeedForward(_shared(c), self.compute, name="shared")(y)), cache
+            return llama.FeedForward(c, self.compute, name="mlp")(y, onto=x), cache
+        x = x + SparseFeedForward(c, self.compute, name="mlp")(array_of(y), batch)
+        return llama.FeedForward(_shared(c), self.compute, name="shared")(y, onto=x), cache
 
 
 def _shared(config: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, sum_parts
+from kernels_pallas import AttentionBatch, array_of, sum_parts
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
@@ -51,10 +51,10 @@ class DecoderLayer(nn.Module):
         c = self.config
         norms = {"epsilon": c.rms_norm_eps, "compute": self.compute, "offset": 1.0}
         x, y = AddNorm(**norms, name=NORMS[0])(*stream)
-        parts, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
+        (_, parts), cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
         y = RMSNorm(**norms, name=NORMS[1])(sum_parts(parts, x.dtype))
         x, y = AddNorm(**norms, name=NORMS[2])(x, y[None])
-        parts = llama.FeedForward(c, self.compute, name="mlp")(y)
+        _, parts = llama.FeedForward(c, self.compute, name="mlp")(y)
         y = RMSNorm(**norms, name=NORMS[3])(sum_parts(parts, x.dtype))
         return (x, y[None]), cache
 
@@ -78,7 +78,7 @@ class Gemma(llama.Llama):
         for layer, window, cache in zip(self.layers, c.sliding_windows, caches, strict=True):
             stream, cache = layer(stream, everywhere if window is None else nearby, cache, batch)
             written.append(cache)
-        _, hidden = self.norm(*stream)
+        hidden = array_of(self.norm(*stream)[1])
         if self.is_initializing():
             self.logits(hidden)
         return hidden, tuple(written)

@@ -11,7 +11,17 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from kernels_pallas import ACTIVATIONS, add_rms_norm, gated_linear, linear, linear_parts, rms_norm, sum_parts
+from kernels_pallas import (
+    ACTIVATIONS,
+    Normed,
+    add_linear,
+    add_rms_norm,
+    gated_linear,
+    linear,
+    linear_parts,
+    rms_norm,
+    sum_parts,
+)
 from models.config import Activation, ModelConfig, RopeScaling
 from models.sharding import unfuse
 
@@ -63,19 +73,25 @@ class Linear(nn.Module):
     use_bias: bool = False
     out_dtype: Dtype | None = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Normed) -> jax.Array:
         return sum_parts(self.parts(x), self.out_dtype or self.compute.dtype)
 
-    @nn.compact
-    def parts(self, x: jax.Array) -> jax.Array:
+    def parts(self, x: jax.Array | Normed) -> jax.Array:
         """What the result is the sum of, for who adds it to something: [parts, T, out]."""
+        return self.onto(None, x)[1]
+
+    @nn.compact
+    def onto(self, total: jax.Array | None, x: jax.Array | Normed) -> tuple[Any, jax.Array]:
+        """The stream in which the result follows `total` [T, out]: with it added, or with parts that are to be."""
         dtype = self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
+        if total is not None and not self.use_bias:
+            return add_linear(total, x, kernel, **self.compute.kernels)
         parts = linear_parts(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-            return (sum_parts(parts, self.out_dtype or dtype) + bias)[None]
-        return parts
+            parts = (sum_parts(parts, self.out_dtype or dtype) + bias)[None]
+        return total, parts
 
 
 class GatedLinear(nn.Module):
@@ -87,7 +103,7 @@ class GatedLinear(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Normed) -> jax.Array:
         F, dtype = self.features, self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (2 * F, x.shape[-1]), dtype)
         if not self.use_bias and self.compute.shards == 1:
@@ -133,14 +149,14 @@ class RMSNorm(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """x [T, E] and parts [any, T, E] -> their sum, and the RMSNorm of that, [T, E] both."""
+    """x [T, E] and parts [any, T, E] -> their sum, and the RMSNorm of that, which linear layers may have to apply."""
 
     epsilon: float
     compute: Compute
     offset: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, parts: jax.Array) -> tuple[jax.Array, jax.Array | Normed]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.dtype)
         return add_rms_norm(x, parts, scale, self.epsilon, self.offset, **self.compute.kernels)
 

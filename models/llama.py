@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, QKNorm, best_tokens, cache_shape, qkv_attention
+from kernels_pallas import AttentionBatch, Normed, QKNorm, array_of, best_tokens, cache_shape, qkv_attention
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -49,8 +49,15 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
-        """x [T, E] -> parts [any, T, E] of the result, and the cache."""
+    def __call__(
+        self,
+        x: jax.Array | Normed,
+        rotary: Rotary,
+        cache: Cache,
+        batch: AttentionBatch,
+        onto: jax.Array | None = None,
+    ) -> tuple[Stream, Cache]:
+        """x [T, E] -> the stream in which the result follows `onto` [T, E], and the cache."""
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         parts = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv").parts(x)
@@ -68,7 +75,7 @@ class Attention(nn.Module):
             backend=self.compute.attention_backend,
         )  # fmt: skip
         out = out.reshape(-1, H * D)
-        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out").parts(out), cache
+        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out").onto(onto, out), cache
 
 
 class FeedForward(nn.Module):
@@ -78,11 +85,11 @@ class FeedForward(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [T, E] -> parts [any, T, E] of the result."""
+    def __call__(self, x: jax.Array | Normed, onto: jax.Array | None = None) -> Stream:
+        """x [T, E] -> the stream in which the result follows `onto` [T, E]."""
         c, F = self.config, self.config.intermediate_size
         y = GatedLinear(F, c.activation, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
-        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").parts(y)
+        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").onto(onto, y)
 
 
 class DecoderLayer(nn.Module):
@@ -94,13 +101,13 @@ class DecoderLayer(nn.Module):
     def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
         c = self.config
         x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
-        parts, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
-        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
-        return (x, self.feed_forward(y, batch)), cache
+        stream, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch, onto=x)
+        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(*stream)
+        return self.feed_forward(x, y, batch), cache
 
-    def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
-        """x [T, E] -> parts [any, T, E] of the result."""
-        return FeedForward(self.config, self.compute, name="mlp")(x)
+    def feed_forward(self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch) -> Stream:
+        """What follows x [T, E] where y is its norm."""
+        return FeedForward(self.config, self.compute, name="mlp")(y, onto=x)
 
 
 class Llama(nn.Module):
@@ -143,7 +150,7 @@ class Llama(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             stream, cache = layer(stream, rotary, cache, batch)
             written.append(cache)
-        _, hidden = self.norm(*stream)
+        hidden = array_of(self.norm(*stream)[1])
         if self.is_initializing():
             self.logits(hidden)
         return hidden, tuple(written)

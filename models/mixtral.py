@@ -6,19 +6,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kernels_pallas import AttentionBatch
+from kernels_pallas import AttentionBatch, Normed, array_of
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required, same_windows
 from models.expert_tensors import ExpertTensors
 from models.experts_config import ExpertsConfig
+from models.layers import Stream
 from models.moe import SparseFeedForward
 from models.parts import Part, Path, TensorSource
 
 
 class SparseDecoderLayer(llama.DecoderLayer):
-    def feed_forward(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
-        return SparseFeedForward(self.config, self.compute, name="mlp")(x, batch)[None]
+    def feed_forward(self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch) -> Stream:
+        return x, SparseFeedForward(self.config, self.compute, name="mlp")(array_of(y), batch)[None]
 
 
 class Mixtral(llama.Llama):

@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         x = x + sum_parts(parts, x.dtype)
         y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
         x = x + RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(y)
-        y = sum_parts(llama.FeedForward(c, self.compute, name="mlp")(x), x.dtype)
+        y = sum_parts(llama.FeedForward(c, self.compute, name="mlp")(x)[1], x.dtype)
         return (x, RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y)[None]), cache
 
 

@@ -17,12 +17,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_rows, tiles_of_8
+from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, load, num_sms, store_rows, tiles_of_8
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
 WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
 PANEL = 16  # tiles of x's rows that are multiplied by all of W before the next
+COLUMNS = 64  # that tiles in shared memory have
 STORE_COST = 6 * 1024  # bytes of shared memory read or written in the time that it takes to store a column of 64 rows
 
 
@@ -88,11 +89,29 @@ def slower_than_xla(x, kernel, activation: str | None = None) -> bool:
     if M > 256:
         return activation is None or LinearConfig.of(M, rows // 2, C, gated=True).features < 64
     large = 1 << (25 if M % (2 * ROWS) else 28)
-    return (M < 8 and kernel.size < 1 << 25) or rows > 65536 or (M > 128 and kernel.size > large)
+    return (M < 8 and kernel.size < 1 << 24) or rows > 65536 or (M > 128 and kernel.size > large)
 
 
-def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = None):
+class Norm(NamedTuple):
+    """An RMS norm of x on its way into a product: of x times `offset` + weight [C], row by row over its rms."""
+
+    weight: jax.Array
+    epsilon: float
+    offset: float
+
+
+def adds_and_norms(x, kernel) -> bool:
+    """Whether a product should add to the residual stream and norm what it reads of it: not if its columns are split,
+    and with many rows kernels of their own are not what takes the time. Weights times float16 could overflow."""
+    return x.dtype == jnp.bfloat16 and len(x) <= 256 and LinearConfig.of(len(x), *kernel.shape).splits == 1
+
+
+def linear_parts(x, kernel, *, out_dtype=None, norm: Norm | None = None, onto=None, config: LinearConfig | None = None):
     """x [M, C] W^T for W [F, C], accumulated in float32.
+
+    Args:
+      norm: is to be applied to x.
+      onto: [M, F] of out_dtype, which the product, rounded to that, is added to. There must be one split.
 
     Returns:
       [1, M, F] in out_dtype, or float32[splits, M, F] to be added up, where LinearConfig.of splits W's columns.
@@ -100,24 +119,29 @@ def linear_parts(x, kernel, *, out_dtype=None, config: LinearConfig | None = Non
     C must be a multiple of 64 and F of 8; x and W have the same 16-bit dtype.
     """
     config = config or LinearConfig.of(x.shape[0], *kernel.shape)
-    out_dtype = jnp.float32 if config.splits > 1 else (out_dtype or x.dtype)
-    return _call(x, kernel[None], out_dtype=jnp.dtype(out_dtype), activation=None, config=config)
+    out_dtype = jnp.dtype(jnp.float32 if config.splits > 1 else (out_dtype or x.dtype))
+    weight, *how = norm or (None, 0.0, 0.0)
+    return _call(x, kernel[None], weight, onto, out_dtype=out_dtype, activation=None, norm=tuple(how), config=config)
 
 
-def gated_linear(x, kernel, activation: Callable, *, config: LinearConfig | None = None):
-    """activation(x A^T) * (x B^T) for kernel [2F, C], of which A is the first half of the rows and B the second.
+def gated_linear(
+    x, kernel, activation: Callable, *, norm: Norm | None = None, config: LinearConfig | None = None
+) -> jax.Array:
+    """activation(x A^T) * (x B^T) for kernel [2F, C], of which A is the first half of the rows and B the second; with
+    x's norm, if there is one.
 
     Returns:
       [M, F] in x's dtype.
     """
     F, C = kernel.shape[0] // 2, kernel.shape[1]
     config = config or LinearConfig.of(x.shape[0], F, C, gated=True)
-    return _call(x, kernel.reshape(2, F, C), out_dtype=x.dtype, activation=activation, config=config)[0]
+    (weight, *how), kernel = norm or (None, 0.0, 0.0), kernel.reshape(2, F, C)
+    return _call(x, kernel, weight, None, out_dtype=x.dtype, activation=activation, norm=tuple(how), config=config)[0]
 
 
-@partial(jax.jit, static_argnames=("out_dtype", "activation", "config"))
-def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
-    """x [M, C], kernel [halves, F, C] -> [splits, M, F]."""
+@partial(jax.jit, static_argnames=("out_dtype", "activation", "norm", "config"))
+def _call(x, kernel, weight, onto, *, out_dtype, activation, norm, config: LinearConfig):
+    """x [M, C], kernel [halves, F, C] -> [splits, M, F]. weight: of a norm, if there is one; norm: epsilon, offset."""
     M, C = x.shape
     halves, F, _ = kernel.shape
     full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
@@ -125,7 +149,7 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
     row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
     items = row_tiles * (F // config.features) * config.splits
     return plgpu.kernel(
-        partial(_linear, row_tiles=row_tiles, items=items, activation=activation, config=config),
+        partial(_linear, row_tiles=row_tiles, items=items, activation=activation, norm=norm, config=config),
         out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
         grid=(min(items, num_sms()),),
         grid_names=("cta",),
@@ -138,7 +162,7 @@ def _call(x, kernel, *, out_dtype, activation, config: LinearConfig):
             *(full, free),
         ],
         compiler_params=PARAMS,
-    )(tiles_of_8(x), kernel)
+    )(tiles_of_8(x), kernel, () if weight is None else (weight,), () if onto is None else (onto,))
 
 
 class Item(NamedTuple):
@@ -222,44 +246,117 @@ class Ring(NamedTuple):
     free: Any
 
 
-def _linear(x, w, out, *ring, row_tiles, items, activation, config):
+@dataclass(frozen=True)
+class Ends:
+    """What is done to x before a product, and after it.
+
+    Attributes:
+      weight: [C], of a norm; empty: there is none.
+      epsilon, offset: of the norm.
+      activation: of the first half of the products, which the second is multiplied by, or None.
+      onto: [M, F], to be added to; or empty.
+      out: [splits, M, F].
+    """
+
+    weight: tuple[jax.Ref, ...]
+    epsilon: float
+    offset: float
+    activation: Callable | None
+    onto: tuple[jax.Ref, ...]
+    out: jax.Ref
+
+    def scales(self, column):
+        """What x's columns from `column` on, as many as a tile has, are multiplied by for the norm."""
+        if not self.weight:
+            return None
+        scale = load(self.weight[0].at[pl.ds(column, COLUMNS)], (COLUMNS,), plgpu.Layout.WGMMA.reduce(0))
+        return lax.broadcast_in_dim(scale.astype(jnp.float32) + self.offset, (ROWS, COLUMNS), [1])
+
+    def before(self, item: "Item", row, features: int):
+        """What the item's result for the rows from `row` on is added to, asked for early."""
+        if not self.onto:
+            return None
+        columns = self.onto[0].at[:, pl.ds(item.feature, features)]
+        return load(columns, (ROWS, features), plgpu.Layout.WGMMA, self.out.shape[1], row)
+
+    def store(self, item: "Item", row, found, squares, before) -> None:
+        """found: float32[ROWS, columns]; squares: each row's sum of them, for the norm."""
+        if self.weight:
+            inverse = lax.rsqrt(squares * (1 / self.weight[0].shape[0]) + self.epsilon)
+            found = found * lax.broadcast_in_dim(inverse, found.shape, [0])
+        features = found.shape[1] if self.activation is None else found.shape[1] // 2
+        y = found if self.activation is None else self.activation(found[:, :features]) * found[:, features:]
+        y = y.astype(self.out.dtype)
+        if before is not None:
+            y = (y.astype(jnp.float32) + before.astype(jnp.float32)).astype(y.dtype)
+        place = self.out.at[item.split, :, pl.ds(item.feature, features)]
+        store_rows(place, y, self.out.shape[1] - row, to=row)
+
+
+def _linear(x, w, weight, onto, out, *ring, row_tiles, items, activation, norm, config):
     """The kernel: the warpgroups of a CTA multiply, but the last, which copies for them."""
     me = lax.axis_index("warpgroup")
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    mine = Items(config, row_tiles, *w.shape[1:], cta, ctas, lax.div(items - cta + ctas - 1, ctas))
+    (_, F, C), count = w.shape, lax.div(items - cta + ctas - 1, ctas)
+    mine, (epsilon, offset) = Items(config, row_tiles, F, C, cta, ctas, count), norm
 
     @pl.when(me < config.warpgroups)
     def multiply():
-        mine.for_each(partial(_multiply, me, Ring(*ring), out, activation))
+        if config.warpgroups == 2:
+            plgpu.set_max_registers(232, action="increase")
+        mine.for_each(partial(_multiply, me, Ring(*ring), Ends(weight, epsilon, offset, activation, onto, out)))
 
     @pl.when(me == config.warpgroups)
     def copy():
+        if config.warpgroups == 2:
+            plgpu.set_max_registers(40, action="decrease")
         mine.for_each(partial(_copy, x, w, Ring(*ring)))
 
 
-def _multiply(me, ring: Ring, out, activation, item: Item, done) -> None:
-    """Stores warpgroup `me`'s rows of the item's product in out [splits, M, F]; its stages come `done` stages after the
-    CTA's first."""
-    M, (stages, columns, _) = out.shape[1], ring.w.shape
-    stages, features = jnp.int32(stages), columns if activation is None else columns // 2
+def _multiply(me, ring: Ring, ends: Ends, item: Item, done) -> None:
+    """Stores warpgroup `me`'s rows of the item's product; its stages come `done` stages after the CTA's first."""
+    stages, columns, _ = ring.w.shape
+    row, last = item.row + me * ROWS, item.length - 1
+    before = ends.before(item, row, columns if ends.activation is None else columns // 2)
+
+    def release(step):
+        plgpu.barrier_arrive(ring.free.at[lax.rem(done + step, jnp.int32(stages))])
 
     def sums(acc):
-        def stage(k, _):
-            slot = lax.rem(done + k, stages)
+        def stage(k, squares):
+            slot = lax.rem(done + k, jnp.int32(stages))
+            if ends.weight:
+                return _multiply_normed(acc, ring, slot, me, ends, item.begin + k, squares)
             plgpu.barrier_wait(ring.ready.at[slot])
             plgpu.wgmma(acc, ring.x.at[slot, me], ring.w.at[slot].transpose((1, 0)))
             plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(done + k - 1, stages)]))
+            pl.when(k > 0)(lambda: release(k - 1))
+            return None
 
-        lax.fori_loop(0, item.length, stage, None)
-        return acc[...]
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        squares = lax.fori_loop(0, item.length, stage, zeros if ends.weight else None)
+        return acc[...], squares
 
-    found = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
-    plgpu.barrier_arrive(ring.free.at[lax.rem(done + item.length - 1, stages)])
-    y = found if activation is None else activation(found[:, :features]) * found[:, features:]
-    row = item.row + me * ROWS
-    place = out.at[item.split, :, pl.ds(item.feature, features)]
-    store_rows(place, y.astype(out.dtype), M - row, to=row)
+    found, squares = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
+    if not ends.weight:
+        release(last)
+    ends.store(item, row, found, squares, before)
+
+
+def _multiply_normed(acc, ring: Ring, slot, me, ends: Ends, stage, squares):
+    """Adds the products of a stage of normed x to acc, which are still to be divided by each row's rms; returns the
+    rows' sums of squares, with those of the stage. Squares are added by COLUMNS at a time, whatever the stages are."""
+    depth = ring.x.shape[-1]
+    scales = [ends.scales(stage * depth + begin) for begin in range(0, depth, COLUMNS)]
+    plgpu.barrier_wait(ring.ready.at[slot])
+    for i, scale in enumerate(scales):
+        part = pl.ds(i * COLUMNS, COLUMNS)
+        x = plgpu.load(ring.x.at[slot, me, :, part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        squares += (x * x).sum(axis=1)
+        plgpu.wgmma(acc, (x * scale).astype(ring.x.dtype), ring.w.at[slot, :, part].transpose((1, 0)))
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(ring.free.at[slot])
+    return squares
 
 
 def _copy(x, w, ring: Ring, item: Item, done) -> None:

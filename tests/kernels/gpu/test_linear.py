@@ -57,6 +57,42 @@ def test_gated(features, columns, activation):
         assert (y == whole[:rows]).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("features", "columns"), [(6144, 4096), (4096, 14336), (4096, 192)])
+def test_norms_and_sums_on_their_way(features, columns, offset):
+    """The product of normed rows, and what that is added to."""
+    kernel, scale = random(features, columns) / columns**0.5, random(columns) / 3
+    x, total = random(256, columns) * 3, random(256, features) * 3
+    norm_of_x = linear.Norm(scale, 1e-5, offset)
+    normed = rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), 1e-5, offset)
+    product, whole = exact(normed, kernel), None
+    for rows in [rows for rows in reversed(ROWS) if rows <= 256]:
+        y = linear.linear_parts(x[:rows], kernel, out_dtype=jnp.float32, norm=norm_of_x)
+        assert y.shape == (1, rows, features) and difference(y[0], product[:rows]) < 4e-3
+        added = linear.linear_parts(x[:rows], kernel, norm=norm_of_x, onto=total[:rows])[0]
+        expected = total[:rows].astype(jnp.float32) + y[0].astype(jnp.bfloat16).astype(jnp.float32)
+        assert (added == expected.astype(jnp.bfloat16)).all()
+        y = np.asarray(y[0])
+        whole = y if whole is None else whole
+        assert (y == whole[:rows]).all()
+
+
+@pytest.mark.parametrize(("features", "columns"), [(3072, 1024), (14336, 4096), (1000, 192)])
+def test_gated_with_a_norm(features, columns):
+    kernel, scale = random(2 * features, columns) / columns**0.5, random(columns) / 3
+    x, whole = random(256, columns).at[33, 7].set(jnp.nan) * 3, None
+    normed = rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), 1e-5)
+    gate, up = jnp.split(exact(normed, kernel), 2, axis=1)
+    expected, right = np.asarray(jax.nn.silu(gate) * up), np.arange(256) != 33
+    for rows in [rows for rows in reversed(ROWS) if rows <= 256]:
+        y = linear.gated_linear(x[:rows], kernel, jax.nn.silu, norm=linear.Norm(scale, 1e-5, 0.0))
+        y = np.asarray(y.astype(jnp.float32))
+        assert difference(y[right[:rows]], expected[:rows][right[:rows]]) < 6e-3
+        assert np.isnan(y[~right[:rows]]).all()
+        whole = y if whole is None else whole
+        assert np.array_equal(y, whole[:rows], equal_nan=True)
+
+
 @pytest.mark.parametrize("features", [64, 576, 1024, 2560, 4096, 16384])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(features, offset):
