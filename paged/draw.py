@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.noise import PAIR, RUN, gumbel, hash_through_xla
+from kernels_pallas.noise import PAIR, RUN, gumbel, threefry
 
 BLOCK = 128  # tokens that compete as one in the first round of a search for the largest
 _PART = 8  # and in the second
@@ -96,21 +96,21 @@ def noise(keys: jax.Array, greedy: jax.Array, ids: jax.Array) -> jax.Array:
 
 def noise_of_all(keys: jax.Array, greedy: jax.Array, vocab_size: int) -> jax.Array:
     """`noise` for every token id, float32[S, V]: each hash is computed once for its two."""
-    counters = jnp.broadcast_to(jnp.arange(-(-vocab_size // PAIR) * RUN), (len(keys), -(-vocab_size // PAIR) * RUN))
-    words = jnp.stack([word.reshape(len(keys), -1, RUN) for word in _hash(keys, counters)], axis=2)
-    return jnp.where(greedy[:, None], 0, gumbel(words.reshape(len(keys), -1)[:, :vocab_size]))
+    counters = jnp.arange(-(-vocab_size // PAIR) * RUN).reshape(1, -1, RUN)
+    pairs = jnp.concatenate([gumbel(word) for word in _hash(keys, counters)], axis=2)
+    return jnp.where(greedy[:, None], 0, pairs.reshape(len(keys), -1)[:, :vocab_size])
 
 
 def keys_of(rows: Rows) -> jax.Array:
     """uint32[S, 2] from seed and position."""
     lo, hi, position = (rows[name].astype(jnp.uint32) for name in ("seed_lo", "seed_hi", "position"))
-    return jnp.stack(hash_through_xla(hi, lo, position), axis=1)
+    return jnp.stack(threefry(hi, lo, position), axis=1)
 
 
 def _hash(keys, counters):
-    """Two words uint32[S, ...] for each counter int32[S, ...]."""
-    high, low = (jnp.broadcast_to(keys[:, i].reshape(-1, *[1] * (counters.ndim - 1)), counters.shape) for i in range(2))
-    return hash_through_xla(high, low, counters.astype(jnp.uint32))
+    """Two words uint32[S, ...] for each counter int32[S, ...], or int32[1, ...]: of every row."""
+    high, low = (keys[:, i].reshape(-1, *[1] * (counters.ndim - 1)) for i in range(2))
+    return threefry(high, low, counters.astype(jnp.uint32))
 
 
 # ---- filters ----

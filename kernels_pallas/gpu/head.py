@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, num_sms, store_column, sync_warpgroup, tiles_of_8
-from kernels_pallas.noise import PAIR, RUN, gumbel, hash_in_kernel
+from kernels_pallas.noise import PAIR, RUN, gumbel, threefry
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 COLUMNS = 8  # of logits, from each run, that are looked at together: what the registers hold
@@ -253,7 +253,7 @@ def _better(best, logits, firsts, V, keys=None, factors=None):
         if keys is not None:
             counter = lax.div(firsts[0], jnp.int32(PAIR)) * RUN + lax.rem(firsts[0], jnp.int32(PAIR)) + at
             high, low, scale, amount = map(_spread, (*keys, *factors))
-            words = hash_in_kernel(high, low, (column + counter).astype(jnp.uint32))
+            words = threefry(high, low, (column + counter).astype(jnp.uint32))
             scores = [x * scale + gumbel(word) * amount for x, word in zip(scores, words, strict=True)]
         for i, (score, token) in enumerate(best):
             found = jnp.where(firsts[i] < V, scores[i], -jnp.inf)

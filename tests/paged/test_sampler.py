@@ -488,7 +488,7 @@ def test_an_output_head_is_told_what_it_takes_the_same_tokens_with(variant):
             return logits.argmax(axis=1)
         ids = np.arange(vocab_size)
         counters = np.tile(ids // noise.PAIR * noise.RUN + ids % noise.RUN, (rows, 1)).astype(np.uint32)
-        words = noise.hash_through_xla(*(np.tile(keys[:, i : i + 1], vocab_size) for i in range(2)), counters)
+        words = noise.threefry(*(np.tile(keys[:, i : i + 1], vocab_size) for i in range(2)), counters)
         gumbel = np.asarray(noise.gumbel(jnp.where(ids % noise.PAIR < noise.RUN, *words)), np.float64)
         temperature = np.asarray(temperature, np.float64)[:, None]
         return np.where(temperature > 0, logits / np.where(temperature > 0, temperature, 1) + gumbel, logits).argmax(1)

@@ -7,7 +7,7 @@ import pytest
 
 from kernels_pallas.gpu import head
 from kernels_pallas.gpu.linear import linear_parts
-from kernels_pallas.noise import PAIR, RUN, gumbel, hash_through_xla
+from kernels_pallas.noise import PAIR, RUN, gumbel, threefry
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(256, 64), (320, 576), (32064, 192), (151936, 1024)]
@@ -35,7 +35,7 @@ def scores_of(x, kernel, keys, temperature):
     ids = jnp.arange(kernel.shape[0])
     counters = jnp.broadcast_to((ids // PAIR * RUN + ids % RUN).astype(jnp.uint32), logits.shape)
     high, low = (jnp.broadcast_to(key[:, None], logits.shape) for key in keys.T)
-    noise = gumbel(jnp.where(ids % PAIR < RUN, *hash_through_xla(high, low, counters)))
+    noise = gumbel(jnp.where(ids % PAIR < RUN, *threefry(high, low, counters)))
     drawn = temperature[:, None] > 0
     return jnp.where(drawn, logits / jnp.where(drawn, temperature[:, None], 1) + noise, logits), logits
 
