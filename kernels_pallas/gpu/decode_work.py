@@ -63,8 +63,9 @@ def list_work(cuts: Cuts, kv_lens):
     """The items of work, before the split over key/value heads.
 
     Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
-    first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. They depend
-    on nothing but lengths, so that one list serves all layers that have the same window.
+    first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. Those
+    behind them are zeros, which have no tile. They depend on nothing but lengths, so that one list serves all layers
+    that have the same window.
     """
     S = kv_lens.shape[0]
     before = _before(cuts.splits)

@@ -31,6 +31,7 @@ def test_every_split_has_one_worker_and_workers_have_their_shares(K, weights, wi
     def check(lens):
         cuts, work, count, shares = jax.tree.map(np.asarray, shared(jnp.asarray(lens, jnp.int32)))
         assert count[0] == cuts.splits.sum()
+        assert (work[: count[0], 1] < work[: count[0], 2]).all() and not work[count[0] :].any()  # items without a tile
         items = []  # by sequence, head and split, as a worker reads them: tiles
         for seq, length in enumerate(lens):
             rows = work[: count[0]][work[: count[0], 0] == seq]
