@@ -15,6 +15,7 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.head import best_tokens
 from kernels_pallas.linear import (
     ACTIVATIONS,
+    Norm,
     Normed,
     add_linear,
     add_rms_norm,
@@ -30,6 +31,7 @@ from kernels_pallas.rotary import apply_rotary, sum_parts
 __all__ = [
     "ACTIVATIONS",
     "AttentionBatch",
+    "Norm",
     "Normed",
     "QKNorm",
     "UnsupportedShapeError",

@@ -5,8 +5,8 @@ for that on Hopper alone.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +24,39 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Normed(NamedTuple):
-    """The RMS norm of x [T, E], that is x / rms(x) * (offset + weight), which linear layers apply on their way."""
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("epsilon", "offset"))
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: x / rms(x) * (offset + weight [E])."""
 
-    x: jax.Array
     weight: jax.Array
     epsilon: float
     offset: float
 
+
+@partial(jax.tree_util.register_dataclass, data_fields=("scaled", "squares"), meta_fields=("epsilon",))
+@dataclass(frozen=True)
+class Normed:
+    """The RMS norm of something, as linear layers take it.
+
+    Attributes:
+      scaled: [T, E], what its weights have been multiplied into, but which is not divided by its rms yet.
+      squares: float32[T, any], what the squares of each row add up to.
+      epsilon: of the norm.
+    """
+
+    scaled: jax.Array
+    squares: jax.Array
+    epsilon: float
+
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.x.shape
+        return self.scaled.shape
 
     def array(self) -> jax.Array:
         """[T, E], for who needs it as such."""
-        from kernels_pallas.gpu import norm
-
-        return norm.rms_norm(*self)
+        mean = jnp.sum(self.squares, axis=1, keepdims=True) / self.shape[1]
+        return (self.scaled.astype(jnp.float32) * lax.rsqrt(mean + self.epsilon)).astype(self.scaled.dtype)
 
 
 def linear(
@@ -62,23 +78,22 @@ def linear_parts(
     if _kernel_serves(x, kernel, backend, deterministic):
         from kernels_pallas.gpu import linear
 
-        x, norm = _apart(x)
-        return linear.linear_parts(x, kernel, out_dtype=out_dtype, norm=norm)
+        x, rms = _apart(x)
+        return linear.linear_parts(x, kernel, out_dtype=out_dtype, rms=rms)
     return through_xla(array_of(x), kernel, out_dtype)[None]
 
 
 def add_linear(
-    total: jax.Array, x: jax.Array | Normed, kernel: jax.Array, *, backend: str, deterministic: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """total [T, out] + `linear` of x, and parts [0, T, out], where a kernel adds them on its way; else `total` as it is
-    and the parts that are to be added."""
+    total: jax.Array, x: jax.Array, kernel: jax.Array, norm: Norm, *, backend: str, deterministic: bool = False
+) -> tuple[jax.Array, jax.Array | Normed]:
+    """total [T, out] + `linear` of x, and the norm of that, where a kernel makes both; else `total` as it is, and the
+    parts [any, T, out] that are to be added."""
     if _kernel_serves(x, kernel, backend, deterministic) and not deterministic:
         from kernels_pallas.gpu import linear
 
-        if linear.adds_and_norms(_apart(x)[0], kernel):
-            x, norm = _apart(x)
-            total = linear.linear_parts(x, kernel, out_dtype=total.dtype, norm=norm, onto=total)[0]
-            return total, jnp.zeros((0, *total.shape), total.dtype)
+        if linear.can_add(x, kernel):
+            total, scaled, squares = linear.add_linear(total, x, kernel, norm.weight, norm.offset)
+            return total, Normed(scaled, squares, norm.epsilon)
     return total, linear_parts(x, kernel, out_dtype=total.dtype, backend=backend, deterministic=deterministic)
 
 
@@ -90,8 +105,8 @@ def gated_linear(
     if _kernel_serves(x, kernel, backend, deterministic, activation):
         from kernels_pallas.gpu import linear
 
-        x, norm = _apart(x)
-        return linear.gated_linear(x, kernel, ACTIVATIONS[activation], norm=norm)
+        x, rms = _apart(x)
+        return linear.gated_linear(x, kernel, ACTIVATIONS[activation], rms=rms)
     x = array_of(x)
     gate, up = jnp.split(through_xla(x, kernel, x.dtype), 2, axis=1)
     return ACTIVATIONS[activation](gate) * up
@@ -117,11 +132,8 @@ def add_rms_norm(
     *,
     backend: str,
     deterministic: bool = False,
-) -> tuple[jax.Array, jax.Array | Normed]:
-    """x [T, E] + the sum of parts [any, T, E], which is rounded to x's dtype first; and the `rms_norm` of that, which
-    is still to be made where `add_linear` has added all."""
-    if not len(parts):
-        return x, Normed(x, weight, epsilon, offset)
+) -> tuple[jax.Array, jax.Array]:
+    """x [T, E] + the sum of parts [any, T, E], which is rounded to x's dtype first; and the `rms_norm` of that."""
     if backend == "mosaic_gpu" and x.dtype.itemsize == 2:
         from kernels_pallas.gpu import norm
 
@@ -136,10 +148,10 @@ def array_of(x: jax.Array | Normed) -> jax.Array:
 
 
 def _apart(x: jax.Array | Normed):
-    """x, and its norm that the kernels are to apply, if there is one."""
+    """x as kernels take it, and what its rows are to be divided by, if it is not yet."""
     from kernels_pallas.gpu import linear
 
-    return (x.x, linear.Norm(*x[1:])) if isinstance(x, Normed) else (x, None)
+    return (x.scaled, linear.Rms(x.squares, x.epsilon)) if isinstance(x, Normed) else (x, None)
 
 
 def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str | None = None) -> bool:

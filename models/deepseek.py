@@ -98,13 +98,13 @@ class DecoderLayer(nn.Module):
         self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[Stream, llama.Cache]:
         c = self.config
-        x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
+        x, y = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
         parts, cache = LatentAttention(c, self.compute, name="attention")(array_of(y), rotary, cache, batch)
-        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
+        x, y = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
         if not self.sparse:
-            return llama.FeedForward(c, self.compute, name="mlp")(y, onto=x), cache
+            return (x, llama.FeedForward(c, self.compute, name="mlp")(y)[1]), cache
         x = x + SparseFeedForward(c, self.compute, name="mlp")(array_of(y), batch)
-        return llama.FeedForward(_shared(c), self.compute, name="shared")(y, onto=x), cache
+        return (x, llama.FeedForward(_shared(c), self.compute, name="shared")(y)[1]), cache
 
 
 def _shared(config: ModelConfig) -> ModelConfig:

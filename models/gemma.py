@@ -50,10 +50,10 @@ class DecoderLayer(nn.Module):
     def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
         c = self.config
         norms = {"epsilon": c.rms_norm_eps, "compute": self.compute, "offset": 1.0}
-        x, y = AddNorm(**norms, name=NORMS[0])(*stream)
+        x, y = AddNorm(c.hidden_size, **norms, name=NORMS[0])(*stream)
         (_, parts), cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
         y = RMSNorm(**norms, name=NORMS[1])(sum_parts(parts, x.dtype))
-        x, y = AddNorm(**norms, name=NORMS[2])(x, y[None])
+        x, y = AddNorm(c.hidden_size, **norms, name=NORMS[2])(x, y[None])
         _, parts = llama.FeedForward(c, self.compute, name="mlp")(y)
         y = RMSNorm(**norms, name=NORMS[3])(sum_parts(parts, x.dtype))
         return (x, y[None]), cache

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas import (
     ACTIVATIONS,
+    Norm,
     Normed,
     add_linear,
     add_rms_norm,
@@ -26,7 +27,8 @@ from models.config import Activation, ModelConfig, RopeScaling
 from models.sharding import unfuse
 
 Dtype = jnp.dtype | type
-Stream = tuple[jax.Array, jax.Array]  # x [T, E] and parts [any, T, E] that are still to be added to it
+# x [T, E], and either parts [any, T, E] that are still to be added to it, or its norm, if nothing is.
+Stream = tuple[jax.Array, jax.Array | Normed]
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,17 @@ class Linear(nn.Module):
         return self.onto(None, x)[1]
 
     @nn.compact
-    def onto(self, total: jax.Array | None, x: jax.Array | Normed) -> tuple[Any, jax.Array]:
-        """The stream in which the result follows `total` [T, out]: with it added, or with parts that are to be."""
+    def onto(self, total: tuple[jax.Array, Norm] | None, x: Any) -> tuple[Any, Any]:
+        """x [T, in] -> the stream in which the result follows a total [T, out] and comes before a norm."""
         dtype = self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
         if total is not None and not self.use_bias:
-            return add_linear(total, x, kernel, **self.compute.kernels)
+            return add_linear(total[0], x, kernel, total[1], **self.compute.kernels)
         parts = linear_parts(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             parts = (sum_parts(parts, self.out_dtype or dtype) + bias)[None]
-        return total, parts
+        return total and total[0], parts
 
 
 class GatedLinear(nn.Module):
@@ -149,16 +151,25 @@ class RMSNorm(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """x [T, E] and parts [any, T, E] -> their sum, and the RMSNorm of that, which linear layers may have to apply."""
+    """A stream -> its sum [T, E], and the RMSNorm of that, if it is not there yet."""
 
+    features: int
     epsilon: float
     compute: Compute
     offset: float = 0.0
 
-    @nn.compact
-    def __call__(self, x: jax.Array, parts: jax.Array) -> tuple[jax.Array, jax.Array | Normed]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.compute.dtype)
-        return add_rms_norm(x, parts, scale, self.epsilon, self.offset, **self.compute.kernels)
+    def setup(self) -> None:
+        self.scale = self.param("scale", nn.initializers.ones, (self.features,), self.compute.dtype)
+
+    @property
+    def norm(self) -> Norm:
+        """For who can make it on the way."""
+        return Norm(self.scale, self.epsilon, self.offset)
+
+    def __call__(self, x: jax.Array, rest: jax.Array | Normed) -> tuple[jax.Array, jax.Array | Normed]:
+        if isinstance(rest, Normed):
+            return x, rest
+        return add_rms_norm(x, rest, self.scale, self.epsilon, self.offset, **self.compute.kernels)
 
 
 class NormScale(nn.Module):

@@ -4,14 +4,14 @@ What differs between them (biases, q/k norm, sliding windows, rotary scaling, ti
 tokens, E hidden width, H query heads, K key/value heads, D head size, V vocabulary, R rows to sample from.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, Normed, QKNorm, array_of, best_tokens, cache_shape, qkv_attention
+from kernels_pallas import AttentionBatch, Norm, Normed, QKNorm, array_of, best_tokens, cache_shape, qkv_attention
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -55,9 +55,9 @@ class Attention(nn.Module):
         rotary: Rotary,
         cache: Cache,
         batch: AttentionBatch,
-        onto: jax.Array | None = None,
-    ) -> tuple[Stream, Cache]:
-        """x [T, E] -> the stream in which the result follows `onto` [T, E], and the cache."""
+        onto: tuple[jax.Array, Norm] | None = None,
+    ) -> tuple[tuple[Any, Any], Cache]:
+        """x [T, E] -> the stream in which the result follows a total [T, E] and comes before a norm, and the cache."""
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         parts = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv").parts(x)
@@ -85,8 +85,8 @@ class FeedForward(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, onto: jax.Array | None = None) -> Stream:
-        """x [T, E] -> the stream in which the result follows `onto` [T, E]."""
+    def __call__(self, x: jax.Array | Normed, onto: tuple[jax.Array, Norm] | None = None) -> tuple[Any, Any]:
+        """x [T, E] -> the stream in which the result follows a total [T, E] and comes before a norm."""
         c, F = self.config, self.config.intermediate_size
         y = GatedLinear(F, c.activation, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
         return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").onto(onto, y)
@@ -98,16 +98,25 @@ class DecoderLayer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
+    def __call__(
+        self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch, following: Norm | None = None
+    ) -> tuple[Stream, Cache]:
+        """following: the norm that follows the layer, to be made in it if that is better."""
         c = self.config
-        x, y = AddNorm(c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
-        stream, cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch, onto=x)
-        x, y = AddNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(*stream)
-        return self.feed_forward(x, y, batch), cache
+        norms = {"features": c.hidden_size, "epsilon": c.rms_norm_eps, "compute": self.compute}
+        before_mlp = AddNorm(**norms, name="mlp_norm")
+        x, y = AddNorm(**norms, name="attention_norm")(*stream)
+        attention = Attention(c, self.window, self.compute, name="attention")
+        stream, cache = attention(y, rotary, cache, batch, onto=(x, before_mlp.norm))
+        x, y = before_mlp(*stream)
+        return self.feed_forward(x, y, batch, following), cache
 
-    def feed_forward(self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch) -> Stream:
-        """What follows x [T, E] where y is its norm."""
-        return FeedForward(self.config, self.compute, name="mlp")(y, onto=x)
+    def feed_forward(
+        self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch, following: Norm | None
+    ) -> Stream:
+        """y: x's norm [T, E]."""
+        total, rest = FeedForward(self.config, self.compute, name="mlp")(y, following and (x, following))
+        return x if total is None else total, rest
 
 
 class Llama(nn.Module):
@@ -123,7 +132,7 @@ class Llama(nn.Module):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.layers = self.decoder_layers()
-        self.norm = AddNorm(c.rms_norm_eps, self.compute, self.norm_offset)
+        self.norm: Any = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, self.norm_offset)
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
@@ -147,13 +156,20 @@ class Llama(nn.Module):
         stream = begin_stream(self.embed(tokens))
         rotary = rotary_tables(positions, self.config)
         written = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            stream, cache = layer(stream, rotary, cache, batch)
+        for layer, cache, following in zip(self.layers, caches, self._following_norms(), strict=True):
+            stream, cache = layer(stream, rotary, cache, batch, *following)
             written.append(cache)
         hidden = array_of(self.norm(*stream)[1])
         if self.is_initializing():
             self.logits(hidden)
         return hidden, tuple(written)
+
+    def _following_norms(self) -> Sequence[tuple[Norm, ...]]:
+        """For each layer the norm that follows it, if they are of those that can make it."""
+        if self.is_initializing() or not all(isinstance(layer, DecoderLayer) for layer in self.layers):
+            return [()] * len(self.layers)
+        scales = [layer.variables["params"]["attention_norm"]["scale"] for layer in self.layers[1:]]
+        return [(Norm(scale, self.config.rms_norm_eps, 0.0),) for scale in scales] + [(self.norm.norm,)]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32[R, V]."""

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from kernels_pallas import AttentionBatch, Normed, array_of
+from kernels_pallas import AttentionBatch, Norm, Normed, array_of
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required, same_windows
@@ -18,7 +18,9 @@ from models.parts import Part, Path, TensorSource
 
 
 class SparseDecoderLayer(llama.DecoderLayer):
-    def feed_forward(self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch) -> Stream:
+    def feed_forward(
+        self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch, following: Norm | None
+    ) -> Stream:
         return x, SparseFeedForward(self.config, self.compute, name="mlp")(array_of(y), batch)[None]
 
 

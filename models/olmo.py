@@ -49,13 +49,14 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+        self, stream: tuple[jax.Array, jax.Array], rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[Stream, llama.Cache]:
         c, (x, parts) = self.config, stream
         x = x + sum_parts(parts, x.dtype)
         y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
         x = x + RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(y)
-        y = sum_parts(llama.FeedForward(c, self.compute, name="mlp")(x)[1], x.dtype)
+        _, parts = llama.FeedForward(c, self.compute, name="mlp")(x)
+        y = sum_parts(parts, x.dtype)
         return (x, RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y)[None]), cache
 
 

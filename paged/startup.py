@@ -46,6 +46,7 @@ class MachineDefaults(NamedTuple):
 # for 32.
 ON_CPU, ON_TPU = (1, 4, 16, 64, 256, 1024), (16, 64, 256, 1024)
 ON_GPU = (1, 8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
+WIDE_ON_GPU = 4096  # hidden width from which on one row has no bucket: its products are no faster than those of 8
 SAMPLED_ON_GPU = (8, 32, 64, 128, 256, 512, 1024)
 DEFAULTS = {
     "cpu": MachineDefaults(16, 512, ON_CPU, ON_CPU, 32, 4, ("full",), 1, 16, 16),
@@ -182,6 +183,7 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
     cache_dtype = kv_cache_dtype(config.cache.kv_cache_dtype, dtype)
     default_block_size = defaults.block_size_in_8_bits if is_quantized(cache_dtype) else defaults.block_size
     block_size = config.cache.block_size or default_block_size
+    wide = platform == "gpu" and checkpoint.config.hidden_size >= WIDE_ON_GPU
     return RunnerShape(
         num_blocks=0,
         block_size=block_size,
@@ -189,7 +191,7 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
         max_num_seqs=max_num_seqs,
         vocab_size=checkpoint.config.vocab_size,
         max_logprobs=scheduler.max_logprobs,
-        decode_sizes=up_to(defaults.decode_sizes, max_num_seqs),
+        decode_sizes=up_to(defaults.decode_sizes[wide:], max_num_seqs),
         sampling_sizes=up_to(defaults.sampling_sizes, max_num_seqs),
         prompt_sizes=buckets(defaults.smallest_prompt, max_tokens, defaults.growth),
         variants=defaults.variants,

@@ -17,13 +17,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, load, num_sms, store_rows, tiles_of_8
+from kernels_pallas.gpu.rows import PARAMS, ROWS, TILED, load, num_sms, store_column, store_rows, tiles_of_8
 
 SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
 WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
 PANEL = 16  # tiles of x's rows that are multiplied by all of W before the next
-COLUMNS = 64  # that tiles in shared memory have
 STORE_COST = 6 * 1024  # bytes of shared memory read or written in the time that it takes to store a column of 64 rows
 
 
@@ -82,36 +81,39 @@ def unsupported(x, kernel, activation: str | None = None) -> str | None:
 
 
 def slower_than_xla(x, kernel, activation: str | None = None) -> bool:
-    """As measured on an H100. With very few rows XLA's sums over the rows of a small W are faster. With many its
-    products are as fast, but not with an activation, which it has in a kernel of its own; and with somewhat many faster
-    for a large W, sooner if the last tile of x is not full: the copy engine is slow behind x's end."""
+    """As measured on an H100. With very few rows XLA's sums over the rows of W are faster. With many its products are
+    as fast, but not with an activation, which it has in a kernel of its own; and with somewhat many faster for a large
+    W, sooner if the last tile of x is not full: the copy engine is slow behind x's end."""
     M, (rows, C) = x.shape[0], kernel.shape
     if M > 256:
         return activation is None or LinearConfig.of(M, rows // 2, C, gated=True).features < 64
     large = 1 << (25 if M % (2 * ROWS) else 28)
-    return (M < 8 and kernel.size < 1 << 24) or rows > 65536 or (M > 128 and kernel.size > large)
+    return M < 8 or rows > 65536 or (M > 128 and kernel.size > large)
 
 
-class Norm(NamedTuple):
-    """An RMS norm of x on its way into a product: of x times `offset` + weight [C], row by row over its rms."""
+class Rms(NamedTuple):
+    """What the rows of a normed x are still to be divided by.
 
-    weight: jax.Array
+    Attributes:
+      squares: float32[M, any], whose sums are those of the squares of each row.
+      epsilon: of the norm.
+    """
+
+    squares: jax.Array
     epsilon: float
-    offset: float
 
 
-def adds_and_norms(x, kernel) -> bool:
-    """Whether a product should add to the residual stream and norm what it reads of it: not if its columns are split,
-    and with many rows kernels of their own are not what takes the time. Weights times float16 could overflow."""
-    return x.dtype == jnp.bfloat16 and len(x) <= 256 and LinearConfig.of(len(x), *kernel.shape).splits == 1
+def can_add(x, kernel) -> bool:
+    """Whether `add_linear` serves. Not if columns are split; with many rows, kernels that add and norm are not what
+    takes the time; and float16 times the weights of a norm could overflow."""
+    if x.dtype != jnp.bfloat16 or len(x) > 256:
+        return False
+    config, first = (LinearConfig.of(M, *kernel.shape) for M in (len(x), 1))
+    return config.splits == 1 and config.features % first.features == 0
 
 
-def linear_parts(x, kernel, *, out_dtype=None, norm: Norm | None = None, onto=None, config: LinearConfig | None = None):
-    """x [M, C] W^T for W [F, C], accumulated in float32.
-
-    Args:
-      norm: is to be applied to x.
-      onto: [M, F] of out_dtype, which the product, rounded to that, is added to. There must be one split.
+def linear_parts(x, kernel, *, out_dtype=None, rms: Rms | None = None, config: LinearConfig | None = None):
+    """x [M, C] W^T for W [F, C], accumulated in float32; with `rms`, divided by that.
 
     Returns:
       [1, M, F] in out_dtype, or float32[splits, M, F] to be added up, where LinearConfig.of splits W's columns.
@@ -120,37 +122,57 @@ def linear_parts(x, kernel, *, out_dtype=None, norm: Norm | None = None, onto=No
     """
     config = config or LinearConfig.of(x.shape[0], *kernel.shape)
     out_dtype = jnp.dtype(jnp.float32 if config.splits > 1 else (out_dtype or x.dtype))
-    weight, *how = norm or (None, 0.0, 0.0)
-    return _call(x, kernel[None], weight, onto, out_dtype=out_dtype, activation=None, norm=tuple(how), config=config)
+    return _call(x, kernel[None], *_apart(rms), out_dtype=out_dtype, config=config)[0]
 
 
-def gated_linear(
-    x, kernel, activation: Callable, *, norm: Norm | None = None, config: LinearConfig | None = None
-) -> jax.Array:
+def gated_linear(x, kernel, activation: Callable, *, rms: Rms | None = None, config: LinearConfig | None = None):
     """activation(x A^T) * (x B^T) for kernel [2F, C], of which A is the first half of the rows and B the second; with
-    x's norm, if there is one.
+    `rms`, of products divided by that.
 
     Returns:
       [M, F] in x's dtype.
     """
     F, C = kernel.shape[0] // 2, kernel.shape[1]
     config = config or LinearConfig.of(x.shape[0], F, C, gated=True)
-    (weight, *how), kernel = norm or (None, 0.0, 0.0), kernel.reshape(2, F, C)
-    return _call(x, kernel, weight, None, out_dtype=x.dtype, activation=activation, norm=tuple(how), config=config)[0]
+    kernel = kernel.reshape(2, F, C)
+    return _call(x, kernel, *_apart(rms), out_dtype=x.dtype, activation=activation, config=config)[0][0]
 
 
-@partial(jax.jit, static_argnames=("out_dtype", "activation", "norm", "config"))
-def _call(x, kernel, weight, onto, *, out_dtype, activation, norm, config: LinearConfig):
-    """x [M, C], kernel [halves, F, C] -> [splits, M, F]. weight: of a norm, if there is one; norm: epsilon, offset."""
+def add_linear(total, x, kernel, weight, offset: float):
+    """total [M, F] + x [M, C] W^T for W [F, C], and what the next product takes for the RMS norm of that, which has
+    `offset` + weight [F].
+
+    Returns:
+      The sum, the sum times the weights, [M, F] both, and float32[M, any], what the sum's squares add up to.
+    """
+    config, first = (LinearConfig.of(M, *kernel.shape) for M in (len(x), 1))
+    options = {"offset": offset, "counted": first.features, "config": config}
+    return _call(x, kernel[None], None, 0.0, (total, weight), out_dtype=total.dtype, **options)
+
+
+def _apart(rms: Rms | None):
+    return rms or (None, 0.0)
+
+
+@partial(jax.jit, static_argnames=("epsilon", "out_dtype", "activation", "offset", "counted", "config"))
+def _call(
+    x, kernel, squares, epsilon, onto=(), *, out_dtype, activation=None, offset=0.0, counted=0, config: LinearConfig
+):
+    """x [M, C], kernel [halves, F, C] -> [splits, M, F], or `add_linear`'s, if there is something to add to; there, the
+    squares of `counted` features at a time are added up."""
     M, C = x.shape
     halves, F, _ = kernel.shape
     full = plgpu.Barrier(num_arrivals=config.warpgroups + halves, num_barriers=config.stages)
     free = plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages)
     row_tiles = pl.cdiv(M, ROWS * config.warpgroups)
     items = row_tiles * (F // config.features) * config.splits
+    shapes = (
+        [((M, F), out_dtype)] * 2 + [((M, F // counted), jnp.float32)] if onto else [((config.splits, M, F), out_dtype)]
+    )
+    make_ends = partial(Ends, epsilon=epsilon, activation=activation, offset=offset, counted=counted)
     return plgpu.kernel(
-        partial(_linear, row_tiles=row_tiles, items=items, activation=activation, norm=norm, config=config),
-        out_type=jax.ShapeDtypeStruct((config.splits, M, F), out_dtype),
+        partial(_linear, row_tiles=row_tiles, items=items, make_ends=make_ends, config=config),
+        out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         grid=(min(items, num_sms()),),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
@@ -162,7 +184,7 @@ def _call(x, kernel, weight, onto, *, out_dtype, activation, norm, config: Linea
             *(full, free),
         ],
         compiler_params=PARAMS,
-    )(tiles_of_8(x), kernel, () if weight is None else (weight,), () if onto is None else (onto,))
+    )(tiles_of_8(x), kernel, () if squares is None else (squares,), onto)
 
 
 class Item(NamedTuple):
@@ -248,115 +270,108 @@ class Ring(NamedTuple):
 
 @dataclass(frozen=True)
 class Ends:
-    """What is done to x before a product, and after it.
+    """What becomes of products.
 
     Attributes:
-      weight: [C], of a norm; empty: there is none.
-      epsilon, offset: of the norm.
+      squares: float32[M, any], see Rms, or empty.
+      onto: [M, F], to be added to, and the weights [F] of the norm that follows; or empty.
+      outs: [splits, M, F], or what add_linear returns.
+      epsilon: see Rms.
       activation: of the first half of the products, which the second is multiplied by, or None.
-      onto: [M, F], to be added to; or empty.
-      out: [splits, M, F].
+      offset, counted: see _call.
     """
 
-    weight: tuple[jax.Ref, ...]
-    epsilon: float
-    offset: float
-    activation: Callable | None
+    squares: tuple[jax.Ref, ...]
     onto: tuple[jax.Ref, ...]
-    out: jax.Ref
+    outs: tuple[jax.Ref, ...]
+    epsilon: float
+    activation: Callable | None
+    offset: float
+    counted: int
 
-    def scales(self, column):
-        """What x's columns from `column` on, as many as a tile has, are multiplied by for the norm."""
-        if not self.weight:
-            return None
-        scale = load(self.weight[0].at[pl.ds(column, COLUMNS)], (COLUMNS,), plgpu.Layout.WGMMA.reduce(0))
-        return lax.broadcast_in_dim(scale.astype(jnp.float32) + self.offset, (ROWS, COLUMNS), [1])
+    def ask(self, item: Item, row, columns: int, C: int):
+        """What the item's rows from `row` on need in the end, asked for before the products: what these are multiplied
+        by, and what they are added to."""
+        M, inverse, onto = self.outs[0].shape[-2], None, []
+        if self.squares:
+            squares = load(self.squares[0], (ROWS, self.squares[0].shape[1]), plgpu.Layout.WGMMA, M, row)
+            inverse = lax.rsqrt(squares.sum(axis=1) * (1 / C) + self.epsilon)
+        if self.onto:
+            features = pl.ds(item.feature, columns)
+            weight = load(self.onto[1].at[features], (columns,), plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+            total = load(self.onto[0].at[:, features], (ROWS, columns), plgpu.Layout.WGMMA, M, row)
+            onto = [total, weight + self.offset]
+        return inverse, *onto
 
-    def before(self, item: "Item", row, features: int):
-        """What the item's result for the rows from `row` on is added to, asked for early."""
-        if not self.onto:
-            return None
-        columns = self.onto[0].at[:, pl.ds(item.feature, features)]
-        return load(columns, (ROWS, features), plgpu.Layout.WGMMA, self.out.shape[1], row)
+    def store(self, item: Item, row, products, inverse, *onto) -> None:
+        """products: float32[ROWS, columns]; the rest is what `ask` has found."""
+        if inverse is not None:
+            products *= lax.broadcast_in_dim(inverse, products.shape, [0])
+        features = products.shape[1] if self.activation is None else products.shape[1] // 2
+        y = products if self.activation is None else self.activation(products[:, :features]) * products[:, features:]
+        y = y.astype(self.outs[0].dtype)
+        if onto:
+            self._store_sum(item, row, y, *onto)
+        else:
+            self._store(self.outs[0], item, row, y, item.split)
 
-    def store(self, item: "Item", row, found, squares, before) -> None:
-        """found: float32[ROWS, columns]; squares: each row's sum of them, for the norm."""
-        if self.weight:
-            inverse = lax.rsqrt(squares * (1 / self.weight[0].shape[0]) + self.epsilon)
-            found = found * lax.broadcast_in_dim(inverse, found.shape, [0])
-        features = found.shape[1] if self.activation is None else found.shape[1] // 2
-        y = found if self.activation is None else self.activation(found[:, :features]) * found[:, features:]
-        y = y.astype(self.out.dtype)
-        if before is not None:
-            y = (y.astype(jnp.float32) + before.astype(jnp.float32)).astype(y.dtype)
-        place = self.out.at[item.split, :, pl.ds(item.feature, features)]
-        store_rows(place, y, self.out.shape[1] - row, to=row)
+    def _store(self, out, item: Item, row, y, *split) -> None:
+        store_rows(out.at[*split, :, pl.ds(item.feature, y.shape[1])], y, out.shape[-2] - row, to=row)
+
+    def _store_sum(self, item: Item, row, y, total, weight) -> None:
+        out, scaled, squares = self.outs
+        y = (y.astype(jnp.float32) + total.astype(jnp.float32)).astype(out.dtype)
+        self._store(out, item, row, y)
+        wide, first = y.astype(jnp.float32), lax.div(item.feature, jnp.int32(self.counted))
+        self._store(scaled, item, row, (wide * lax.broadcast_in_dim(weight, wide.shape, [1])).astype(out.dtype))
+        for i in range(wide.shape[1] // self.counted):
+            some = wide[:, i * self.counted : (i + 1) * self.counted]
+            store_column(squares.at[pl.ds(row, ROWS), first + i], (some * some).sum(axis=1), out.shape[0] - row)
 
 
-def _linear(x, w, weight, onto, out, *ring, row_tiles, items, activation, norm, config):
+def _linear(x, w, squares, onto, *refs, row_tiles, items, make_ends, config):
     """The kernel: the warpgroups of a CTA multiply, but the last, which copies for them."""
+    *outs, x_smem, w_smem, ready, free = refs
+    ring, ends = Ring(x_smem, w_smem, ready, free), make_ends(squares, onto, tuple(outs))
     me = lax.axis_index("warpgroup")
     cta, ctas = lax.axis_index("cta"), jnp.int32(lax.axis_size("cta"))
-    (_, F, C), count = w.shape, lax.div(items - cta + ctas - 1, ctas)
-    mine, (epsilon, offset) = Items(config, row_tiles, F, C, cta, ctas, count), norm
+    count = lax.div(items - cta + ctas - 1, ctas)
+    mine = Items(config, row_tiles, w.shape[1], w.shape[2], cta, ctas, count)
 
     @pl.when(me < config.warpgroups)
     def multiply():
         if config.warpgroups == 2:
             plgpu.set_max_registers(232, action="increase")
-        mine.for_each(partial(_multiply, me, Ring(*ring), Ends(weight, epsilon, offset, activation, onto, out)))
+        mine.for_each(partial(_multiply, me, ring, ends, w.shape[2]))
 
     @pl.when(me == config.warpgroups)
     def copy():
         if config.warpgroups == 2:
             plgpu.set_max_registers(40, action="decrease")
-        mine.for_each(partial(_copy, x, w, Ring(*ring)))
+        mine.for_each(partial(_copy, x, w, ring))
 
 
-def _multiply(me, ring: Ring, ends: Ends, item: Item, done) -> None:
-    """Stores warpgroup `me`'s rows of the item's product; its stages come `done` stages after the CTA's first."""
+def _multiply(me, ring: Ring, ends: Ends, C: int, item: Item, done) -> None:
+    """Stores what becomes of warpgroup `me`'s rows of the item's product; its stages come `done` stages after the CTA's
+    first."""
     stages, columns, _ = ring.w.shape
-    row, last = item.row + me * ROWS, item.length - 1
-    before = ends.before(item, row, columns if ends.activation is None else columns // 2)
-
-    def release(step):
-        plgpu.barrier_arrive(ring.free.at[lax.rem(done + step, jnp.int32(stages))])
+    stages, row = jnp.int32(stages), item.row + me * ROWS
+    asked = ends.ask(item, row, columns, C)
 
     def sums(acc):
-        def stage(k, squares):
-            slot = lax.rem(done + k, jnp.int32(stages))
-            if ends.weight:
-                return _multiply_normed(acc, ring, slot, me, ends, item.begin + k, squares)
+        def stage(k, _):
+            slot = lax.rem(done + k, stages)
             plgpu.barrier_wait(ring.ready.at[slot])
             plgpu.wgmma(acc, ring.x.at[slot, me], ring.w.at[slot].transpose((1, 0)))
             plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: release(k - 1))
-            return None
+            pl.when(k > 0)(lambda: plgpu.barrier_arrive(ring.free.at[lax.rem(done + k - 1, stages)]))
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        squares = lax.fori_loop(0, item.length, stage, zeros if ends.weight else None)
-        return acc[...], squares
+        lax.fori_loop(0, item.length, stage, None)
+        return acc[...]
 
-    found, squares = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
-    if not ends.weight:
-        release(last)
-    ends.store(item, row, found, squares, before)
-
-
-def _multiply_normed(acc, ring: Ring, slot, me, ends: Ends, stage, squares):
-    """Adds the products of a stage of normed x to acc, which are still to be divided by each row's rms; returns the
-    rows' sums of squares, with those of the stage. Squares are added by COLUMNS at a time, whatever the stages are."""
-    depth = ring.x.shape[-1]
-    scales = [ends.scales(stage * depth + begin) for begin in range(0, depth, COLUMNS)]
-    plgpu.barrier_wait(ring.ready.at[slot])
-    for i, scale in enumerate(scales):
-        part = pl.ds(i * COLUMNS, COLUMNS)
-        x = plgpu.load(ring.x.at[slot, me, :, part], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-        squares += (x * x).sum(axis=1)
-        plgpu.wgmma(acc, (x * scale).astype(ring.x.dtype), ring.w.at[slot, :, part].transpose((1, 0)))
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(ring.free.at[slot])
-    return squares
+    products = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
+    plgpu.barrier_arrive(ring.free.at[lax.rem(done + item.length - 1, stages)])
+    ends.store(item, row, products, *asked)
 
 
 def _copy(x, w, ring: Ring, item: Item, done) -> None:

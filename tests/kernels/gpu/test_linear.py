@@ -58,39 +58,43 @@ def test_gated(features, columns, activation):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize(("features", "columns"), [(6144, 4096), (4096, 14336), (4096, 192)])
-def test_norms_and_sums_on_their_way(features, columns, offset):
-    """The product of normed rows, and what that is added to."""
-    kernel, scale = random(features, columns) / columns**0.5, random(columns) / 3
-    x, total = random(256, columns) * 3, random(256, features) * 3
-    norm_of_x = linear.Norm(scale, 1e-5, offset)
-    normed = rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), 1e-5, offset)
-    product, whole = exact(normed, kernel), None
-    for rows in [rows for rows in reversed(ROWS) if rows <= 256]:
-        y = linear.linear_parts(x[:rows], kernel, out_dtype=jnp.float32, norm=norm_of_x)
-        assert y.shape == (1, rows, features) and difference(y[0], product[:rows]) < 4e-3
-        added = linear.linear_parts(x[:rows], kernel, norm=norm_of_x, onto=total[:rows])[0]
-        expected = total[:rows].astype(jnp.float32) + y[0].astype(jnp.bfloat16).astype(jnp.float32)
-        assert (added == expected.astype(jnp.bfloat16)).all()
-        y = np.asarray(y[0])
-        whole = y if whole is None else whole
-        assert (y == whole[:rows]).all()
+@pytest.mark.parametrize(("features", "columns"), [(4096, 4096), (4096, 14336), (5120, 192)])
+def test_sums_and_what_becomes_their_norms(features, columns, offset):
+    """All is rounded where it says, so but for the squares it is exact."""
+    kernel, weight = random(features, columns) / columns**0.5, random(features)
+    x, total, whole = random(256, columns), random(256, features) * 3, None
+    for rows in [rows for rows in reversed(ROWS) if rows <= 256 and linear.can_add(x[:rows], kernel)]:
+        found = linear.add_linear(total[:rows], x[:rows], kernel, weight, offset)
+        product = linear.linear_parts(x[:rows], kernel)[0]
+        added = (total[:rows].astype(jnp.float32) + product.astype(jnp.float32)).astype(jnp.bfloat16)
+        wide = added.astype(jnp.float32)
+        assert (found[0] == added).all()
+        assert (found[1] == (wide * (weight.astype(jnp.float32) + offset)).astype(jnp.bfloat16)).all()
+        assert difference(found[2].sum(axis=1), np.square(np.asarray(wide, np.float64)).sum(axis=1)) < 1e-6
+        whole = whole or found
+        assert all((a == b[:rows]).all() for a, b in zip(found, whole, strict=True))
+    assert whole is not None
 
 
-@pytest.mark.parametrize(("features", "columns"), [(3072, 1024), (14336, 4096), (1000, 192)])
-def test_gated_with_a_norm(features, columns):
-    kernel, scale = random(2 * features, columns) / columns**0.5, random(columns) / 3
-    x, whole = random(256, columns).at[33, 7].set(jnp.nan) * 3, None
-    normed = rms_norm(x.astype(jnp.float32), scale.astype(jnp.float32), 1e-5)
-    gate, up = jnp.split(exact(normed, kernel), 2, axis=1)
-    expected, right = np.asarray(jax.nn.silu(gate) * up), np.arange(256) != 33
+@pytest.mark.parametrize(("features", "columns", "partial"), [(6144, 4096, 128), (1000, 192, 8), (576, 576, 18)])
+def test_products_of_rows_that_are_still_to_be_divided(features, columns, partial):
+    """By their rms; a row that is not a number spoils no other."""
+    kernel, x = random(2 * features, columns) / columns**0.5, random(256, columns).at[33, 7].set(jnp.nan)
+    squares, right = jnp.square(random(256, partial, dtype=jnp.float32)) * 9, np.arange(256) != 33
+    root = np.sqrt(np.asarray(squares, np.float64).sum(axis=1, keepdims=True) / columns + 1e-5)
+    expected = np.asarray(exact(x, kernel)) / root
+    gated = np.asarray(jax.nn.silu(expected[:, :features]) * expected[:, features:])
+    whole = [None, None]
     for rows in [rows for rows in reversed(ROWS) if rows <= 256]:
-        y = linear.gated_linear(x[:rows], kernel, jax.nn.silu, norm=linear.Norm(scale, 1e-5, 0.0))
-        y = np.asarray(y.astype(jnp.float32))
-        assert difference(y[right[:rows]], expected[:rows][right[:rows]]) < 6e-3
-        assert np.isnan(y[~right[:rows]]).all()
-        whole = y if whole is None else whole
-        assert np.array_equal(y, whole[:rows], equal_nan=True)
+        rms = linear.Rms(squares[:rows], 1e-5)
+        parts = linear.linear_parts(x[:rows], kernel, out_dtype=jnp.float32, rms=rms)
+        y = linear.gated_linear(x[:rows], kernel, jax.nn.silu, rms=rms)
+        for i, (found, of, most) in enumerate([(parts.sum(axis=0), expected, 2e-6 * columns**0.5), (y, gated, 4e-3)]):
+            found = np.asarray(found.astype(jnp.float32))
+            assert difference(found[right[:rows]], of[:rows][right[:rows]]) < most
+            assert np.isnan(found[~right[:rows]]).all()
+            whole[i] = found if whole[i] is None else whole[i]
+            assert np.array_equal(found, whole[i][:rows], equal_nan=True)
 
 
 @pytest.mark.parametrize("features", [64, 576, 1024, 2560, 4096, 16384])
