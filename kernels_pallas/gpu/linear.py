@@ -92,10 +92,10 @@ def slower_than_xla(x, kernel, activation: str | None = None) -> bool:
 
 
 class Rms(NamedTuple):
-    """What the rows of a normed x are still to be divided by.
+    """What the rows of a normed x, at most 256, are still to be divided by.
 
     Attributes:
-      squares: float32[M, any], whose sums are those of the squares of each row.
+      squares: float32[M, any multiple of 8], whose sums are those of the squares of each row.
       epsilon: of the norm.
     """
 
@@ -104,12 +104,14 @@ class Rms(NamedTuple):
 
 
 def can_add(x, kernel) -> bool:
-    """Whether `add_linear` serves. Not if columns are split; with many rows, kernels that add and norm are not what
-    takes the time; and float16 times the weights of a norm could overflow."""
-    if x.dtype != jnp.bfloat16 or len(x) > 256:
+    """Whether `add_linear` serves, and is better than a kernel that adds and norms: not if columns are split, nor with
+    more than 128 rows (a layer of Llama-3.1-8B takes 2 us less with 64 rows, 4 more with 256). float16 times the
+    weights of a norm could overflow."""
+    if x.dtype != jnp.bfloat16 or len(x) > 2 * ROWS:
         return False
     config, first = (LinearConfig.of(M, *kernel.shape) for M in (len(x), 1))
-    return config.splits == 1 and config.features % first.features == 0
+    parts = kernel.shape[0] // first.features
+    return config.splits == 1 and config.features % first.features == 0 and parts % 8 == 0
 
 
 def linear_parts(x, kernel, *, out_dtype=None, rms: Rms | None = None, config: LinearConfig | None = None):
@@ -173,7 +175,7 @@ def _call(
     return plgpu.kernel(
         partial(_linear, row_tiles=row_tiles, items=items, make_ends=make_ends, config=config),
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        grid=(min(items, num_sms()),),
+        grid=(min(items, num_sms() // row_tiles * row_tiles if squares is not None else num_sms()),),
         grid_names=("cta",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -289,22 +291,26 @@ class Ends:
     offset: float
     counted: int
 
-    def ask(self, item: Item, row, columns: int, C: int):
-        """What the item's rows from `row` on need in the end, asked for before the products: what these are multiplied
-        by, and what they are added to."""
-        M, inverse, onto = self.outs[0].shape[-2], None, []
-        if self.squares:
-            squares = load(self.squares[0], (ROWS, self.squares[0].shape[1]), plgpu.Layout.WGMMA, M, row)
-            inverse = lax.rsqrt(squares.sum(axis=1) * (1 / C) + self.epsilon)
-        if self.onto:
-            features = pl.ds(item.feature, columns)
-            weight = load(self.onto[1].at[features], (columns,), plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-            total = load(self.onto[0].at[:, features], (ROWS, columns), plgpu.Layout.WGMMA, M, row)
-            onto = [total, weight + self.offset]
-        return inverse, *onto
+    def inverse(self, row, C: int):
+        """What the products of the rows from `row` on are to be multiplied by, float32[ROWS], or None."""
+        if not self.squares:
+            return None
+        place, shape = self.squares[0], (ROWS, self.squares[0].shape[1])
+        squares = load(place, shape, plgpu.Layout.WGMMA, self.outs[0].shape[-2], row).sum(axis=1)
+        return lax.rsqrt(squares * (1 / C) + self.epsilon)
+
+    def ask(self, item: Item, row, columns: int) -> list:
+        """What the item's rows from `row` on are to be added to, and the norm's weights, asked for before the
+        products."""
+        if not self.onto:
+            return []
+        features = pl.ds(item.feature, columns)
+        weight = load(self.onto[1].at[features], (columns,), plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+        total = load(self.onto[0].at[:, features], (ROWS, columns), plgpu.Layout.WGMMA, self.outs[0].shape[-2], row)
+        return [total, weight + self.offset]
 
     def store(self, item: Item, row, products, inverse, *onto) -> None:
-        """products: float32[ROWS, columns]; the rest is what `ask` has found."""
+        """products: float32[ROWS, columns]; the rest is what `inverse` and `ask` have found."""
         if inverse is not None:
             products *= lax.broadcast_in_dim(inverse, products.shape, [0])
         features = products.shape[1] if self.activation is None else products.shape[1] // 2
@@ -342,7 +348,8 @@ def _linear(x, w, squares, onto, *refs, row_tiles, items, make_ends, config):
     def multiply():
         if config.warpgroups == 2:
             plgpu.set_max_registers(232, action="increase")
-        mine.for_each(partial(_multiply, me, ring, ends, w.shape[2]))
+        inverse = ends.inverse(mine.read(0).row + me * ROWS, w.shape[2])  # all of a CTA's items have the same rows
+        mine.for_each(partial(_multiply, me, ring, ends, inverse))
 
     @pl.when(me == config.warpgroups)
     def copy():
@@ -351,12 +358,12 @@ def _linear(x, w, squares, onto, *refs, row_tiles, items, make_ends, config):
         mine.for_each(partial(_copy, x, w, ring))
 
 
-def _multiply(me, ring: Ring, ends: Ends, C: int, item: Item, done) -> None:
+def _multiply(me, ring: Ring, ends: Ends, inverse, item: Item, done) -> None:
     """Stores what becomes of warpgroup `me`'s rows of the item's product; its stages come `done` stages after the CTA's
     first."""
     stages, columns, _ = ring.w.shape
     stages, row = jnp.int32(stages), item.row + me * ROWS
-    asked = ends.ask(item, row, columns, C)
+    asked = ends.ask(item, row, columns)
 
     def sums(acc):
         def stage(k, _):
@@ -371,7 +378,7 @@ def _multiply(me, ring: Ring, ends: Ends, C: int, item: Item, done) -> None:
 
     products = pl.run_scoped(sums, plgpu.ACC((ROWS, columns), jnp.float32))
     plgpu.barrier_arrive(ring.free.at[lax.rem(done + item.length - 1, stages)])
-    ends.store(item, row, products, *asked)
+    ends.store(item, row, products, inverse, *asked)
 
 
 def _copy(x, w, ring: Ring, item: Item, done) -> None:
