@@ -23,7 +23,8 @@ SHARED_MEMORY = 200 * 1024  # bytes that the ring may take
 NARROW = 32  # rows of W that a CTA should have at least
 WIDE = 160  # rows of W that may be multiplied at a time by few rows of x, for which W should come in many small stages
 PANEL = 16  # tiles of x's rows that are multiplied by all of W before the next
-STORE_COST = 6 * 1024  # bytes of shared memory read or written in the time that it takes to store a column of 64 rows
+ITEM_COST, STORE_COST = 64 * 1024, 4096  # bytes that shared memory moves while a CTA goes on to another product, and
+# while it stores a column of one
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,17 @@ class LinearConfig:
         widest = (WIDE if M <= ROWS else 256) // halves
 
         def cost(tile):
-            """Bytes of shared memory that the busiest SM writes and reads: it binds where memory does not."""
+            """Bytes that shared memory could move while the busiest SM multiplies and moves: that binds where memory
+            does not."""
             warpgroups, features = tile
             rows, columns = ROWS * warpgroups, halves * features
             rounds = pl.cdiv(pl.cdiv(M, rows) * (F // features) * splits, sms)
-            moved = (rows + columns) + warpgroups * (ROWS + columns)
-            return rounds * (moved * 2 * C // splits + columns * STORE_COST)
+            moved = 2 * (rows + columns) + 2 * warpgroups * (ROWS + columns)
+            return rounds * ((moved + 4 * warpgroups * columns) * C // splits + columns * STORE_COST + ITEM_COST)
 
         few = M <= 2 * ROWS  # memory binds: stages should have much of W, so better read it once for each 64 rows
-        tiles = ((w, f) for w in ((1,) if few else (1, 2)) for f in range(8, widest + 1, 8) if F % f == 0)
+        warpgroups = (1,) if few or M % (2 * ROWS) else (1, 2)
+        tiles = ((w, f) for w in warpgroups for f in range(8, widest + 1, 8) if F % f == 0)
         warpgroups, features = min(tiles, key=cost)
         column = (ROWS * warpgroups + halves * features) * 2
         # Longer pieces of W's rows are read faster, if beside the stages that are worked on some are on their way.
@@ -87,7 +90,7 @@ def slower_than_xla(x, kernel, activation: str | None = None) -> bool:
     M, (rows, C) = x.shape[0], kernel.shape
     if M > 256:
         return activation is None or LinearConfig.of(M, rows // 2, C, gated=True).features < 64
-    large = 1 << (25 if M % (2 * ROWS) else 28)
+    large = 1 << (25 if M % ROWS else 28)
     return M < 8 or rows > 65536 or (M > 128 and kernel.size > large)
 
 
