@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from kernels_pallas.gpu.linear import SHARED_MEMORY, LinearConfig
+from kernels_pallas.gpu.linear_work import SHARED_MEMORY, LinearConfig
 from kernels_pallas.gpu.rows import ROWS
 
 H100 = AbstractMesh(
