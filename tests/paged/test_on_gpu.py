@@ -15,13 +15,15 @@ from models.default_model import default_model_path
 from paged import SamplingParams
 from paged.sampler import sample, slot_state_shapes
 from tests.paged.test_sampler import awkward_logits, random_rows
-from tests.paged.tiny import CONFIG, make_engine, run, tokens
+from tests.paged.tiny import CONFIG, make_engine, run, tokens, write_config
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = CONFIG | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
                   "head_dim": 64, "num_hidden_layers": 6, "vocab_size": 4096,
                   "max_position_embeddings": 2048}  # fmt: skip
+WIDE = SHAPE | {"hidden_size": 2560, "intermediate_size": 6912, "num_attention_heads": 20, "num_key_value_heads": 4,
+                "head_dim": 128, "num_hidden_layers": 4}  # fmt: skip
 OPTIONS = {"dtype": "bfloat16", "max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 1024,
            "block_size": 16, "num_gpu_blocks_override": 900, "gpu_memory_utilization": 0.1}  # fmt: skip
 CLOSE = 0.15  # of a logprob in bfloat16: a token this far from the best may be chosen instead
@@ -31,9 +33,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2-shaped")
-    (folder / "config.json").write_text(json.dumps(SHAPE))
-    return str(folder)
+    return write_config(tmp_path_factory.mktemp("smollm2-shaped"), **SHAPE)
 
 
 def behind_the_best(model, prompts, lengths, **options):
@@ -62,9 +62,10 @@ def behind_the_best(model, prompts, lengths, **options):
     return differences
 
 
-def test_every_greedy_token_is_the_references_best(folder):
-    """Prompts in chunks, mixed steps, single decodes and chains of them."""
-    rng = random.Random()
+@pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["as SmolLM2", "wide"])
+def test_every_greedy_token_is_the_references_best(shape, tmp_path):
+    """Prompts in chunks, mixed steps, single decodes and chains of them; wide layers norm and add on their way."""
+    rng, folder = random.Random(), write_config(tmp_path, **shape)
     prompts = [[rng.randrange(4096) for _ in range(rng.randint(1, 700))] for _ in range(20)]
     differences = behind_the_best(folder, prompts, [rng.randint(8, 90) for _ in prompts])
     assert max(differences) < CLOSE and sum(d > 0 for d in differences) < len(differences) / 10
