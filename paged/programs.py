@@ -30,8 +30,9 @@ class StepRows(NamedTuple):
 
     def written(self, hidden, packed, scratch: int) -> "StepRows":
         """In their place the rows hidden [S, E] and packed int32[3, S], and padding of the slot `scratch`."""
-        padding = jnp.zeros_like(self.packed).at[0].set(scratch)
-        return StepRows(lax.dynamic_update_slice(self.hidden, hidden, (0, 0)), padding.at[:, : len(hidden)].set(packed))
+        padding = jnp.zeros((3, len(self.hidden) - len(hidden)), jnp.int32).at[0].set(scratch)
+        rows = jnp.concatenate([packed, padding], axis=1)
+        return StepRows(lax.dynamic_update_slice(self.hidden, hidden, (0, 0)), rows)
 
     def first(self, count: int) -> "StepRows":
         return StepRows(self.hidden[:count], self.packed[:, :count])
@@ -65,9 +66,11 @@ def layers(
     inputs = shape.split(packed)
     kv_lens, scratch = inputs.kv_lens, sizes.max_num_seqs
     grows = inputs.new_blocks > 0
-    block_tables = block_tables.at[
-        jnp.where(grows, inputs.slots, scratch), jnp.where(grows, (kv_lens - 1) // sizes.block_size, 0)
-    ].set(inputs.new_blocks)
+    place = jnp.where(grows, inputs.slots, scratch), jnp.where(grows, (kv_lens - 1) // sizes.block_size, 0)
+    if shape.S == 1:  # a scatter would see to it in a kernel of its own that the place is within
+        block_tables = lax.dynamic_update_slice(block_tables, inputs.new_blocks[None], [i[0] for i in place])
+    else:
+        block_tables = block_tables.at[place].set(inputs.new_blocks)
     rows = jnp.arange(shape.T)
     if shape.decode_only:
         tokens, positions = last_tokens[inputs.slots], jnp.maximum(kv_lens - 1, 0)

@@ -275,6 +275,7 @@ def tokens_without_logits(
 
 
 def _rows_of(state: SlotState, slots, positions) -> dict[str, jax.Array]:
+    slots = slots.astype(jnp.uint32)  # which cannot be negative, what a kernel would see to otherwise
     rows = {name: getattr(state, name).at[slots].get(mode="clip") for name in _SCALARS}
     return rows | {"position": positions}
 

@@ -75,10 +75,12 @@ def list_work(cuts: Cuts, kv_lens):
     of_seq = [column[:, None] for column in (before, cuts.splits, cuts.size)]
     columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, *of_seq]
     rows = jnp.stack([jnp.broadcast_to(c, (S, cuts.most)) for c in columns], axis=-1).astype(jnp.int32)
+    count = jnp.sum(cuts.splits).astype(jnp.int32)[None]
+    if S == 1:
+        return rows[0], count
     place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * cuts.most)
     work = jnp.zeros((S * cuts.most, FIELDS), jnp.int32)
-    work = work.at[place].set(rows, mode="drop", unique_indices=True)
-    return work, jnp.sum(cuts.splits).astype(jnp.int32)[None]
+    return work.at[place].set(rows, mode="drop", unique_indices=True), count
 
 
 def _before(counts):

@@ -103,15 +103,27 @@ def best_tokens(x, kernel, keys=None, temperature=None, *, config: HeadConfig | 
         ],
         compiler_params=PARAMS,
     )(tiles_of_8(x), kernel, *drawn)
-    best = jnp.max(scores, axis=0)
-    return jnp.min(jnp.where(scores == best, tokens, V), axis=0)[:M]
+    return best_of_all(scores, tokens, V)[:M]
+
+
+def best_of_all(scores, tokens, V: int):
+    """int32[M]: of each column the lowest of tokens int32[any, M] that has the best of scores float32[any, M]."""
+
+    def better(a, b):
+        is_a = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return tuple(jnp.where(is_a, x, y) for x, y in zip(a, b, strict=True))
+
+    return lax.reduce((scores, tokens), (-jnp.inf, V), better, (0,))[1]
 
 
 def _of_rows(keys, temperature, padded):
-    """uint32[2, padded] and float32[2, padded]: keys, and what a logit and its noise are multiplied by."""
+    """uint32[2, padded] and float32[2, padded]: keys, and what a logit and its noise are multiplied by. They are made
+    as one array, by one kernel."""
     is_drawn = temperature > 0
     factors = jnp.stack([1 / jnp.where(is_drawn, temperature, 1), is_drawn.astype(jnp.float32)])
-    return [jnp.pad(x, ((0, 0), (0, padded - x.shape[1]))) for x in (keys, factors)]
+    rows = jnp.concatenate([keys, lax.bitcast_convert_type(factors, jnp.uint32)])
+    rows = lax.optimization_barrier(jnp.pad(rows, ((0, 0), (0, padded - rows.shape[1]))))
+    return rows[:2], lax.bitcast_convert_type(rows[2:], jnp.float32)
 
 
 class Ring(NamedTuple):

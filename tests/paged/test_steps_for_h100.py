@@ -31,12 +31,12 @@ def kernels_of(folder: str, options: dict, *programs: str) -> dict[str, dict[str
 
 
 def test_steps(tmp_path):
-    """One row of a product is faster as a sum in XLA, and so are products of many."""
+    """One row of a product is faster as a sum in XLA, and products of many are as fast there, but for gate and up."""
     programs = ("decode-1", "decode-64", "prompt-512", "sample-1", "sample-64")
     assert kernels_of(write_config(tmp_path, **SHAPE), {}, *programs) == {
         "decode-1": DECODE | NORMS,
         "decode-64": DECODE | NORMS | LINEAR,
-        "prompt-512": DECODE | NORMS | {"prefill_attention": LAYERS},
+        "prompt-512": DECODE | NORMS | {"prefill_attention": LAYERS, "linear": LAYERS},
         "sample-1": HEAD,
         "sample-64": HEAD,
     }
@@ -64,4 +64,5 @@ def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
 def test_steps_over_eight_bits(tmp_path):
     found = kernels_of(write_config(tmp_path, **SHAPE), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
     expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS} | NORMS
-    assert found == {"decode-1": expected, "prompt-512": expected | {"prefill_attention": LAYERS}}
+    prompt = expected | {"prefill_attention": LAYERS, "linear": LAYERS}
+    assert found == {"decode-1": expected, "prompt-512": prompt}
