@@ -2,8 +2,8 @@
 
 python -m tests.paged.compile_steps_for_h100 MODEL '{"deterministic": true}' decode-64 prompt-512 sample-64
 
-Prints how many calls of each of our kernels a program has, and its temporary memory. decode, prompt: the layers of a
-step; sample: its head and "random" sampler.
+Prints how many calls of each of our kernels a program has, how many kernels there are in all, and its temporary memory.
+decode, prompt: the layers of a step; sample: its head and "random" sampler.
 """
 
 import json
@@ -22,6 +22,8 @@ from paged.config import EngineConfig
 from paged.packing import StepShape
 from paged.runner import Runner
 from tests.kernels.gpu.h100 import h100
+
+KERNELS = "fusion|custom-call|copy|dynamic-update-slice|scatter|gather|reduce|sort|broadcast|convert"  # outside loops
 
 
 def main(folder: str, options: str, *names: str) -> None:
@@ -46,9 +48,11 @@ def main(folder: str, options: str, *names: str) -> None:
         for name in names:
             kind, size = name.split("-")
             compiled = lowered(runner, kind, int(size)).compile()
-            kernels = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', compiled.as_text())
-            memory = compiled.memory_analysis().temp_size_in_bytes
-            print(json.dumps({"program": name, "kernels": Counter(kernels), "temporary": memory}), flush=True)
+            text, memory = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+            kernels = re.findall(r'target="mosaic_gpu.*?op_name="[^"]*/(\w+)/\w+"', text)
+            of_all = len(re.findall(rf" = .* (?:{KERNELS})\(", text[text.index("\nENTRY ") :]))
+            line = {"program": name, "kernels": Counter(kernels), "all": of_all, "temporary": memory}
+            print(json.dumps(line), flush=True)
 
 
 def lowered(runner: Runner, kind: str, size: int) -> jax.stages.Lowered:
