@@ -4,7 +4,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import UnsupportedShapeError
 from kernels_pallas.tpu import layout
-from kernels_pallas.tpu.kernel import Batch, Options, attend
+from kernels_pallas.tpu.fetch import Batch
+from kernels_pallas.tpu.kernel import Options, attend
 from kernels_pallas.tpu.layout import Blocks, Layout, cache_shape
 from kernels_pallas.tpu.write import write_cache
 
