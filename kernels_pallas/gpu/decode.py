@@ -134,8 +134,6 @@ class Items:
             begin, end, stride = shares[worker], shares[worker + 1], jnp.int32(1)
         else:
             begin, end, stride = worker, shares[0] * heads, jnp.int32(workers)
-            first = Item.at(work, jnp.minimum(begin, len(work) * heads - 1), heads)
-            end = jnp.where(first.tiles > 0, end, begin)  # so that the first comes with the count, and not after it
         return cls(work, heads, in_runs, begin, stride, lax.div(end - begin + stride - 1, stride))
 
     def read(self, n) -> Item:

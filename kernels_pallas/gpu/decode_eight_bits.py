@@ -120,17 +120,16 @@ class Items:
     workers: int
 
     def read(self, worker, r) -> Item:
-        """Item r of a worker of this CTA; behind the end, what the list has there, of zeros."""
+        """Item r of a worker of this CTA; behind the end, the last of all."""
         i = worker * lax.axis_size("cta") + lax.axis_index("cta") + r * (self.workers * lax.axis_size("cta"))
-        return Item.at(self.work, jnp.minimum(i, len(self.work) * self.heads - 1), self.heads)
+        i = jnp.clip(i, 0, jnp.maximum(self.count[0] * self.heads - 1, 0))
+        return Item.at(self.work, i, self.heads)
 
     def for_each(self, worker, visit) -> None:
         """Calls visit(item, the next one, tiles before) for a worker's items. The next one is read meanwhile."""
         workers = self.workers * lax.axis_size("cta")
         before = worker * lax.axis_size("cta") + lax.axis_index("cta")
-        first = self.read(worker, 0)
         mine = lax.div(self.count[0] * self.heads - before + workers - 1, jnp.int32(workers))
-        mine = jnp.where(first.tiles > 0, mine, 0)  # so that the first comes with the count, and not after it
 
         def step(r, carry):
             item, done = carry
@@ -138,7 +137,7 @@ class Items:
             visit(item, after, done)
             return after, done + item.tiles
 
-        lax.fori_loop(0, mine, step, (first, jnp.int32(0)))
+        lax.fori_loop(0, mine, step, (self.read(worker, 0), jnp.int32(0)))
 
 
 class Ring(NamedTuple):

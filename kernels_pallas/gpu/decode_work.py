@@ -64,8 +64,8 @@ def list_work(cuts: Cuts, kv_lens):
 
     Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
     first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. Those
-    behind them are zeros, which have no tile. They depend on nothing but lengths, so that one list serves all layers
-    that have the same window.
+    behind them are zeros. They depend on nothing but lengths, so that one list serves all layers that have the same
+    window.
     """
     S = kv_lens.shape[0]
     before = _before(cuts.splits)
@@ -75,10 +75,10 @@ def list_work(cuts: Cuts, kv_lens):
     of_seq = [column[:, None] for column in (before, cuts.splits, cuts.size)]
     columns = [jnp.arange(S)[:, None], first, stop, kv_lens[:, None], j, *of_seq]
     rows = jnp.stack([jnp.broadcast_to(c, (S, cuts.most)) for c in columns], axis=-1).astype(jnp.int32)
-    count = jnp.sum(cuts.splits).astype(jnp.int32)[None]
-    if S == 1:
-        return rows[0], count
-    place = jnp.where(j < cuts.splits[:, None], before[:, None] + j, S * cuts.most)
+    is_real, count = j < cuts.splits[:, None], jnp.sum(cuts.splits).astype(jnp.int32)[None]
+    if S == 1:  # they are in their places: no scatter, which takes two kernels
+        return jnp.where(is_real[0, :, None], rows[0], 0), count
+    place = jnp.where(is_real, before[:, None] + j, S * cuts.most)
     work = jnp.zeros((S * cuts.most, FIELDS), jnp.int32)
     return work.at[place].set(rows, mode="drop", unique_indices=True), count
 

@@ -16,7 +16,6 @@ from jax import lax
 from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP
 
 AT_ONCE = 2048  # values that are on their way
-LEAST = -3e38  # a maximum of none: finite, so that differences are not NaN
 
 
 class Sinks(NamedTuple):
@@ -76,36 +75,34 @@ def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype, complete=())
 
 
 def _merge_all(found, splits, sinks, out, **rows):
-    """Parts are loaded together with how many there are: what is behind them counts for nothing."""
     seq, head = lax.axis_index("sequence"), lax.axis_index("head")
-    last = jnp.int32(found[0].shape[2] - 1)
-    _merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), last, sinks, out, **rows)
+    _merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, **rows)
 
 
 def _merge_unfinished(found, splits, sinks, unfinished, out, **rows):
-    """What one worker left; and zeros for sequences that have no split, which no worker has seen.
-
-    What decides is loaded at once, before the first branch: the kernel is little more than the wait for its loads.
-    """
-    worker, (S, *each) = lax.axis_index("worker"), out.shape
+    """What one worker left; and zeros for a sequence that has no split, which no worker has seen."""
+    worker, workers = lax.axis_index("worker"), jnp.int32(lax.axis_size("worker"))
     left = Unfinished(*(unfinished[worker, i] for i in range(len(Unfinished._fields))))
-    sequences = [worker + first for first in range(0, S, len(unfinished))]
-    empty = [(seq < S) & (splits[jnp.minimum(seq, S - 1)] == 0) for seq in sequences]
-    pl.when(left.seq >= 0)(lambda: _merge(found, left, left.splits - 1, sinks, out, **rows))
+    pl.when(left.seq >= 0)(lambda: _merge(found, left, sinks, out, **rows))
+    S, (K, size) = splits.shape[0], out.shape[1:]
 
-    def clear(seq):
-        out[seq] = plgpu.layout_cast(jnp.zeros(each, out.dtype), _layout(*each))
+    def clear(n, _):
+        seq = worker + n * workers
 
-    for seq, is_empty in zip(sequences, empty, strict=True):
-        pl.when(is_empty)(partial(clear, seq))
+        @pl.when(splits[seq] == 0)
+        def store():
+            zeros = jnp.zeros((size,), out.dtype)
+            for head in range(K):
+                out[seq, head] = plgpu.layout_cast(zeros, _layout(size))
+
+    lax.fori_loop(0, lax.div(S - worker + workers - 1, workers), clear, None)
 
 
-def _layout(*shape: int):
-    return plgpu.Layout.WG_STRIDED(shape, vec_size=next(v for v in (4, 2, 1) if shape[-1] % (WARPGROUP * v) == 0))
+def _layout(size: int):
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0))
 
 
-def _merge(found, left: Unfinished, last, sinks, out, *, G, R):
-    """last: of the parts that may be loaded."""
+def _merge(found, left: Unfinished, sinks, out, *, G, R):
     seq, head, splits, merged = left
     parts, maxima, totals = (ref.at[seq, head] for ref in found)
     size = parts.shape[1]
@@ -113,7 +110,6 @@ def _merge(found, left: Unfinished, last, sinks, out, *, G, R):
     at_once = max(1, min(4, AT_ONCE // size))
     layout = _layout(size)
     row = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) // D
-    of_sinks = [[x[head * G + min(g, G - 1)] for g in range(R)] for x in sinks]
 
     def spread(values):
         x = plgpu.layout_cast(jnp.full((size,), values[0], jnp.float32), layout)
@@ -129,32 +125,30 @@ def _merge(found, left: Unfinished, last, sinks, out, *, G, R):
         weights = [[jnp.exp2(x[g] - m_new[g]) for g in range(R)] for x in maxima_found]
         return (acc * spread(decay), m_new, [total[g] * decay[g] for g in range(R)]), weights
 
-    def load(place):
-        """A part's values, maxima and denominators; behind the last part, what changes nothing."""
-        i, is_one = jnp.minimum(place, last), place < splits
-        values = jnp.where(is_one, plgpu.load(parts.at[i], layout=layout), 0)
-        m, total = (
-            [jnp.where(is_one, x[i, g], nothing) for g in range(R)] for x, nothing in ((maxima, -jnp.inf), (totals, 0))
-        )
-        return values, m, total
-
     def chunk(c, carry):
-        # Part 0, then those behind what is merged in it.
-        found = [load(jnp.where(c + u == 0, 0, merged - 1 + c + u)) for u in range(at_once)]
-        (acc, m, total), weights = align(carry, [m for _, m, _ in found])
-        for (x, _, x_total), weight in zip(found, weights, strict=True):
+        places = [jnp.where(c + u == 0, 0, merged - 1 + c + u) for u in range(at_once)]  # part 0, then those behind it
+        at = [jnp.minimum(j, splits - 1) for j in places]
+        found = [plgpu.load(parts.at[j], layout=layout) for j in at]
+        found_m = [
+            [jnp.where(j < splits, maxima[i, g], -jnp.inf) for g in range(R)] for j, i in zip(places, at, strict=True)
+        ]
+        found_total = [[totals[i, g] for g in range(R)] for i in at]
+        (acc, m, total), weights = align(carry, found_m)
+        for x, x_total, weight in zip(found, found_total, weights, strict=True):
             acc += x * spread(weight)
             total = [total[g] + weight[g] * x_total[g] for g in range(R)]
         return acc, m, total
 
+    left_over = jnp.where(splits > 0, splits - merged + 1, 0)
     zero = jnp.float32(0)
     acc = plgpu.layout_cast(jnp.zeros((size,), jnp.float32), layout)
-    carry = acc, [zero + LEAST] * R, [zero] * R
-    chunks = jnp.maximum(lax.div(splits - merged + at_once, jnp.int32(at_once)), 1)  # at least one: nothing to wait for
+    carry = acc, [zero - jnp.inf] * R, [zero] * R
+    chunks = lax.div(left_over + (at_once - 1), jnp.int32(at_once))
     acc, m, total = lax.fori_loop(0, chunks, lambda i, x: chunk(i * at_once, x), carry)
     if sinks:
-        (acc, _, total), [weight] = align((acc, m, total), [of_sinks[0]])
-        total = [t + w * x for t, w, x in zip(total, weight, of_sinks[1], strict=True)]
+        sink = [head * G + min(g, G - 1) for g in range(R)]
+        (acc, _, total), [weight] = align((acc, m, total), [[sinks[0][i] for i in sink]])
+        total = [t + w * sinks[1][i] for t, w, i in zip(total, weight, sink, strict=True)]
     out[seq, head] = (acc * reciprocal(spread(total))).astype(out.dtype)
 
 

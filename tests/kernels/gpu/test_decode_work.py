@@ -51,6 +51,14 @@ def test_every_split_has_one_worker_and_workers_have_their_shares(K, weights, wi
     check()
 
 
+def test_the_list_of_one_sequence_is_as_among_others():
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+    work_of = jax.jit(lambda lens: list_work(Cuts.of(lens, TOKENS, None, config), lens))
+    for length in (0, 1, 256, 257, 8192, 9000, TOKENS):
+        (alone, one), (among, two) = (work_of(jnp.asarray(lens, jnp.int32)) for lens in ([length], [length, 0]))
+        assert one == two and (alone == among[: len(alone)]).all() and not among[len(alone) :].any()
+
+
 def test_one_worker_has_all():
     config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
     cuts = Cuts.of(jnp.asarray([1000, 0, 3]), TOKENS, None, config)
