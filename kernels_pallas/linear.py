@@ -53,6 +53,10 @@ class Normed:
     def shape(self) -> tuple[int, ...]:
         return self.scaled.shape
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.scaled.dtype
+
     def array(self) -> jax.Array:
         """[T, E], for who needs it as such."""
         mean = jnp.sum(self.squares, axis=1, keepdims=True) / self.shape[1]
@@ -151,7 +155,7 @@ def _apart(x: jax.Array | Normed):
     """x as kernels take it, and what its rows are to be divided by, if it is not yet."""
     from kernels_pallas.gpu import linear
 
-    return (x.scaled, linear.Rms(x.squares, x.epsilon)) if isinstance(x, Normed) else (x, None)
+    return (x.scaled, linear.Rms(x.squares, x.epsilon)) if isinstance(x, Normed) else (x, linear.WHOLE)
 
 
 def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str | None = None) -> bool:
@@ -159,7 +163,6 @@ def _kernel_serves(x, kernel, backend: str, deterministic: bool, activation: str
         return False
     from kernels_pallas.gpu import linear
 
-    x, _ = _apart(x)
     unsupported = linear.unsupported(x, kernel, activation)
     if deterministic and unsupported:
         raise UnsupportedShapeError(f"deterministic: there is no kernel for {unsupported}; leave deterministic off")

@@ -102,9 +102,9 @@ class DecoderLayer(nn.Module):
         parts, cache = LatentAttention(c, self.compute, name="attention")(array_of(y), rotary, cache, batch)
         x, y = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
         if not self.sparse:
-            return (x, llama.FeedForward(c, self.compute, name="mlp")(y)[1]), cache
+            return llama.FeedForward(c, self.compute, name="mlp")(y, x), cache
         x = x + SparseFeedForward(c, self.compute, name="mlp")(array_of(y), batch)
-        return (x, llama.FeedForward(_shared(c), self.compute, name="shared")(y)[1]), cache
+        return llama.FeedForward(_shared(c), self.compute, name="shared")(y, x), cache
 
 
 def _shared(config: ModelConfig) -> ModelConfig:

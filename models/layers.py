@@ -80,20 +80,20 @@ class Linear(nn.Module):
 
     def parts(self, x: jax.Array | Normed) -> jax.Array:
         """What the result is the sum of, for who adds it to something: [parts, T, out]."""
-        return self.onto(None, x)[1]
+        return self.onto(x)[1]
 
     @nn.compact
-    def onto(self, total: tuple[jax.Array, Norm] | None, x: Any) -> tuple[Any, Any]:
-        """x [T, in] -> the stream in which the result follows a total [T, out] and comes before a norm."""
+    def onto(self, x: Any, total: Any = None, norm: Norm | None = None) -> Stream:
+        """x [T, in] -> the stream in which the result follows `total` [T, out], and comes before `norm`, if given."""
         dtype = self.compute.dtype
         kernel = self.param("kernel", _kernel_init, (self.features, x.shape[-1]), dtype)
-        if total is not None and not self.use_bias:
-            return add_linear(total[0], x, kernel, total[1], **self.compute.kernels)
+        if norm is not None and not self.use_bias:
+            return add_linear(total, x, kernel, norm, **self.compute.kernels)
         parts = linear_parts(x, kernel, out_dtype=self.out_dtype or dtype, **self.compute.kernels)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             parts = (sum_parts(parts, self.out_dtype or dtype) + bias)[None]
-        return total and total[0], parts
+        return total, parts
 
 
 class GatedLinear(nn.Module):

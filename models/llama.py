@@ -55,9 +55,10 @@ class Attention(nn.Module):
         rotary: Rotary,
         cache: Cache,
         batch: AttentionBatch,
-        onto: tuple[jax.Array, Norm] | None = None,
-    ) -> tuple[tuple[Any, Any], Cache]:
-        """x [T, E] -> the stream in which the result follows a total [T, E] and comes before a norm, and the cache."""
+        total: jax.Array | None = None,
+        norm: Norm | None = None,
+    ) -> tuple[Stream, Cache]:
+        """x [T, E] -> the stream in which the result follows `total` [T, E] and comes before `norm`, and the cache."""
         c = self.config
         H, K, D = c.num_heads, self.compute.kv_heads(c), c.head_dim
         parts = Linear((H + 2 * K) * D, self.compute, use_bias=c.qkv_bias, name="qkv").parts(x)
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             backend=self.compute.attention_backend,
         )  # fmt: skip
         out = out.reshape(-1, H * D)
-        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out").onto(onto, out), cache
+        return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out").onto(out, total, norm), cache
 
 
 class FeedForward(nn.Module):
@@ -85,11 +86,11 @@ class FeedForward(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array | Normed, onto: tuple[jax.Array, Norm] | None = None) -> tuple[Any, Any]:
-        """x [T, E] -> the stream in which the result follows a total [T, E] and comes before a norm."""
+    def __call__(self, x: jax.Array | Normed, total: jax.Array | None = None, norm: Norm | None = None) -> Stream:
+        """x [T, E] -> the stream in which the result follows `total` [T, E] and comes before `norm`."""
         c, F = self.config, self.config.intermediate_size
         y = GatedLinear(F, c.activation, self.compute, use_bias=c.mlp_bias, name="gate_up")(x)
-        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").onto(onto, y)
+        return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").onto(y, total, norm)
 
 
 class DecoderLayer(nn.Module):
@@ -107,7 +108,7 @@ class DecoderLayer(nn.Module):
         before_mlp = AddNorm(**norms, name="mlp_norm")
         x, y = AddNorm(**norms, name="attention_norm")(*stream)
         attention = Attention(c, self.window, self.compute, name="attention")
-        stream, cache = attention(y, rotary, cache, batch, onto=(x, before_mlp.norm))
+        stream, cache = attention(y, rotary, cache, batch, x, before_mlp.norm)
         x, y = before_mlp(*stream)
         return self.feed_forward(x, y, batch, following), cache
 
@@ -115,8 +116,7 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch, following: Norm | None
     ) -> Stream:
         """y: x's norm [T, E]."""
-        total, rest = FeedForward(self.config, self.compute, name="mlp")(y, following and (x, following))
-        return x if total is None else total, rest
+        return FeedForward(self.config, self.compute, name="mlp")(y, x, following)
 
 
 class Llama(nn.Module):

@@ -30,7 +30,7 @@ class StepRows(NamedTuple):
 
     def written(self, hidden, packed, scratch: int) -> "StepRows":
         """In their place the rows hidden [S, E] and packed int32[3, S], and padding of the slot `scratch`."""
-        padding = jnp.zeros((3, len(self.hidden) - len(hidden)), jnp.int32).at[0].set(scratch)
+        padding = jnp.zeros((len(packed), len(self.hidden) - len(hidden)), jnp.int32).at[0].set(scratch)
         rows = jnp.concatenate([packed, padding], axis=1)
         return StepRows(lax.dynamic_update_slice(self.hidden, hidden, (0, 0)), rows)
 

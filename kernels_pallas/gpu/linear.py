@@ -52,8 +52,11 @@ class Rms(NamedTuple):
       epsilon: of the norm.
     """
 
-    squares: jax.Array
+    squares: jax.Array | None
     epsilon: float
+
+
+WHOLE = Rms(None, 0.0)  # nothing is left to be divided
 
 
 def can_add(x, kernel) -> bool:
@@ -67,7 +70,7 @@ def can_add(x, kernel) -> bool:
     return config.splits == 1 and config.features % first.features == 0 and parts % 8 == 0
 
 
-def linear_parts(x, kernel, *, out_dtype=None, rms: Rms | None = None, config: LinearConfig | None = None):
+def linear_parts(x, kernel, *, out_dtype=None, rms: Rms = WHOLE, config: LinearConfig | None = None):
     """x [M, C] W^T for W [F, C], accumulated in float32; with `rms`, divided by that.
 
     Returns:
@@ -77,10 +80,10 @@ def linear_parts(x, kernel, *, out_dtype=None, rms: Rms | None = None, config: L
     """
     config = config or LinearConfig.of(x.shape[0], *kernel.shape)
     out_dtype = jnp.dtype(jnp.float32 if config.splits > 1 else (out_dtype or x.dtype))
-    return _call(x, kernel[None], *_apart(rms), out_dtype=out_dtype, config=config)[0]
+    return _call(x, kernel[None], *rms, out_dtype=out_dtype, config=config)[0]
 
 
-def gated_linear(x, kernel, activation: Callable, *, rms: Rms | None = None, config: LinearConfig | None = None):
+def gated_linear(x, kernel, activation: Callable, *, rms: Rms = WHOLE, config: LinearConfig | None = None):
     """activation(x A^T) * (x B^T) for kernel [2F, C], of which A is the first half of the rows and B the second; with
     `rms`, of products divided by that.
 
@@ -90,7 +93,7 @@ def gated_linear(x, kernel, activation: Callable, *, rms: Rms | None = None, con
     F, C = kernel.shape[0] // 2, kernel.shape[1]
     config = config or LinearConfig.of(x.shape[0], F, C, gated=True)
     kernel = kernel.reshape(2, F, C)
-    return _call(x, kernel, *_apart(rms), out_dtype=x.dtype, activation=activation, config=config)[0][0]
+    return _call(x, kernel, *rms, out_dtype=x.dtype, activation=activation, config=config)[0][0]
 
 
 def add_linear(total, x, kernel, weight, offset: float):
@@ -102,11 +105,7 @@ def add_linear(total, x, kernel, weight, offset: float):
     """
     config, first = (LinearConfig.of(M, *kernel.shape) for M in (len(x), 1))
     options = {"offset": offset, "counted": first.features, "config": config}
-    return _call(x, kernel[None], None, 0.0, (total, weight), out_dtype=total.dtype, **options)
-
-
-def _apart(rms: Rms | None):
-    return rms or (None, 0.0)
+    return _call(x, kernel[None], *WHOLE, (total, weight), out_dtype=total.dtype, **options)
 
 
 @partial(jax.jit, static_argnames=("epsilon", "out_dtype", "activation", "offset", "counted", "config"))

@@ -46,10 +46,9 @@ def test_steps(tmp_path):
         "sample-64": HEAD,
     }
     others = {line["program"]: line["all"] - sum(line["kernels"].values()) for line in lines}
-    assert (
-        others["decode-64"] <= 12 and others["sample-1"] <= 5 and others["sample-64"] <= 3
-    )  # each takes 1.3 to 2.3 us
-    assert others["decode-1"] <= 8 + 4 * LAYERS  # and XLA's products
+    # Each takes 1.3 to 2.3 us. Those of one row have XLA's products among them.
+    assert others["decode-64"] <= 12 and others["sample-1"] <= 5 and others["sample-64"] <= 3
+    assert others["decode-1"] <= 8 + 4 * LAYERS
 
 
 def test_wide_layers_norm_and_add_on_their_way(tmp_path):
