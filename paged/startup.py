@@ -203,7 +203,7 @@ def prompt_sizes(largest: int, defaults: MachineDefaults, platform: str) -> tupl
     """Buckets of T. A GPU, which compiles fast, has one more below the largest, where padding would cost the most."""
     sizes = buckets(defaults.smallest_prompt, largest, defaults.growth)
     middle = largest * 3 // 4
-    if platform != "gpu" or middle <= max(defaults.smallest_prompt, *sizes[:-1]):
+    if platform != "gpu" or middle <= max((defaults.smallest_prompt, *sizes[:-1])):
         return sizes
     return (*sizes[:-1], middle, largest)
 
