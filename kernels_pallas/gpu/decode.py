@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.gpu.decode_inputs import Projected, Queries, empty, whole
 from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
 from kernels_pallas.gpu.merge import Sinks, Unfinished, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
@@ -33,11 +34,9 @@ from kernels_pallas.gpu.rows import (
     TILED,
     block_at,
     load_column,
-    load_rows,
     num_sms,
     store_column,
     store_rows,
-    tiles_of_8,
 )
 
 
@@ -45,7 +44,7 @@ from kernels_pallas.gpu.rows import (
 def decode_attention(
     q, keys, values, kv_lens, block_tables, sinks=None, *, scale, window=None, soft_cap=None, config=None
 ):
-    """Attends with one query token a sequence, the last of its kv_lens tokens.
+    """Attends with one query token a sequence, the last of its kv_lens tokens, which are all cached.
 
     Args:
       q: [S, H, D], of the cache's dtype (bfloat16 or float16); D is 64, 128 or 256.
@@ -58,11 +57,52 @@ def decode_attention(
     Returns:
       [S, H, D] in q's dtype.
     """
-    S, H, D = q.shape
-    K, N = keys.shape[1:3]
-    G = H // K
-    config = config or DecodeConfig.of(D)
-    cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, window, config)
+    _, H, D = q.shape
+    G = H // keys.shape[1]
+
+    def make_inputs(q, cache, block_tables, tile):
+        return Queries(q, tile, G)
+
+    logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
+    out = _call(make_inputs, q, (keys, values), kv_lens, block_tables, sinks, G, logits, config or DecodeConfig.of(D))
+    return out.reshape(-1, H, D)
+
+
+@partial(jax.jit, static_argnames=("num_heads", "epsilon", "norm_offset", "scale", "window", "soft_cap", "config"))
+def decode_projected(
+    parts, tables, norms, cache, kv_lens, block_tables, sinks=None,
+    *, num_heads, epsilon, norm_offset, scale, window=None, soft_cap=None, config=None,
+):  # fmt: skip
+    """`rotate_and_write` and `decode_attention` in one, for sequences whose newest token is in the row of its sequence:
+    where kv_lens is 0, nothing is written.
+
+    Args:
+      parts, tables, norms, cache, num_heads, epsilon, norm_offset: see rotate_and_write. The cache is of 16 bits.
+      the others: see decode_attention.
+
+    Returns:
+      [S, H, D] of the cache's dtype, and the cache, updated in place.
+    """
+    H, D = num_heads, parts.shape[-1]
+    G = H // cache[0].shape[1]
+    cache = tuple(map(jax.new_ref, cache))
+
+    def make_inputs(inputs, *places):
+        projected = Projected(*inputs, *places, G, epsilon, norm_offset)
+        projected.clear()
+        return projected
+
+    logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
+    inputs = parts, tables, norms or ()
+    out = _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, G, logits, config or DecodeConfig.of(D))
+    return out.reshape(-1, H, D), tuple(map(jax.freeze, cache))
+
+
+def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, G, logits, config: DecodeConfig):
+    """[S, K, G, D]. make_inputs(inputs, cache, block_tables, tile) has what an item begins with, see decode_inputs."""
+    K, N, D = cache[0].shape[1:]
+    S, dtype = len(kv_lens), cache[0].dtype
+    cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, logits.keywords["window"], config)
     work, count = list_work(cuts, kv_lens)
     # With fewer, few workers have several splits of a sequence, and merging costs more than it saves.
     in_runs = 3 * config.workers * num_sms() < 2 * S * K
@@ -72,13 +112,12 @@ def decode_attention(
     shares = share_work(cuts, K, lengths) if in_runs else count
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
-    logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
     merged = (
-        jax.ShapeDtypeStruct((S, K, stored * D), q.dtype),
+        jax.ShapeDtypeStruct((S, K, stored * D), dtype),
         jax.ShapeDtypeStruct((len(lengths), len(Unfinished._fields)), jnp.int32),
     )
     found, *complete = plgpu.kernel(
-        partial(_attend, G=G, config=config, logits=logits),
+        partial(_attend, make_inputs=make_inputs, G=G, config=config, logits=logits),
         out_type=(
             (
                 jax.ShapeDtypeStruct((S, K, cuts.most, stored * D), jnp.float32),
@@ -91,21 +130,21 @@ def decode_attention(
         num_threads=2 * config.workers,
         thread_name="warpgroup",
         kernel_name="decode_attention",
-        scratch_types=_scratch(config, D, N, q.dtype),
+        scratch_types=_scratch(config, D, N, dtype),
         compiler_params=PARAMS,
-    )(work, shares, q if 16 % G else tiles_of_8(q.reshape(S * H, D)), keys, values, block_tables, sinks or ())
-    out = merge_splits(found, cuts.splits, sinks, G, q.dtype, complete)
-    return out.reshape(S, K, stored, D)[:, :, :G].reshape(S, H, D)
+    )(work, shares, inputs, cache, block_tables, sinks or ())
+    out = merge_splits(found, cuts.splits, sinks, G, dtype, complete)
+    return out.reshape(S, K, stored, D)[:, :, :G]
 
 
 def _scratch(config: DecodeConfig, D: int, N: int, dtype) -> list:
-    """A CTA's queries, keys and values, and barriers: for queries that have come, full slots and free ones."""
+    """A CTA's queries, keys and values, and barriers, for full slots and free ones."""
     workers, slots = config.workers, config.workers * config.stages
     queries = plgpu.SMEM((workers, ROWS, D), dtype, transforms=TILED)
     ring = plgpu.SMEM((workers, config.stages, TILE, D), dtype, transforms=TILED)
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
-    return [queries, ring, ring, plgpu.Barrier(num_barriers=workers), full, full, free, free]
+    return [queries, ring, ring, full, full, free, free]
 
 
 @dataclass(frozen=True)
@@ -140,34 +179,6 @@ class Items:
         """The worker's item n."""
         read = Item.in_run if self.in_runs else Item.at
         return read(self.work, self.begin + n * self.stride, self.heads)
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Those of a worker's item: the G of its head, from device memory q to the first rows of `tile`.
-
-    Attributes:
-      q: [S, H, D], or [S * H, D] if an item's lie within one tile of 8 rows, which the copy engine can fetch.
-      tile: [ROWS, D] in shared memory. What is in the rows from G on does not matter.
-      ready: the barrier of the copy engine.
-      heads: K.
-    """
-
-    q: jax.Ref
-    tile: jax.Ref
-    ready: Any
-    heads: int
-    G: int
-
-    def fetch(self, item: Item) -> None:
-        if len(self.q.shape) == 2:
-            fetched = max(self.G, 8)  # those past G are other heads' or zeros
-            row = item.seq * (self.heads * self.G) + item.head * self.G
-            plgpu.copy_gmem_to_smem(self.q.at[pl.ds(row, fetched)], self.tile.at[pl.ds(0, fetched)], self.ready)
-            plgpu.barrier_wait(self.ready)
-        else:
-            self.tile[...] = load_rows(self.q.at[item.seq, pl.ds(item.head * self.G, self.G)], self.G)
-            plgpu.commit_smem()
 
 
 class Ring(NamedTuple):
@@ -228,10 +239,10 @@ class Results:
         self.merged[1][self.worker, 0] = jnp.int32(-1)
 
 
-def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, config, logits):
+def _attend(work, shares, inputs, cache, tables, sinks, parts, *refs, make_inputs, G, config, logits):
     """The kernel: warpgroup w of a CTA multiplies for its worker w, and warpgroup `workers` + w copies for it."""
-    *merged, q_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = refs
-    warpgroup = lax.axis_index("warpgroup")
+    *merged, q_smem, k_smem, v_smem, k_ready, v_ready, k_free, v_free = refs
+    warpgroup, (keys, values) = lax.axis_index("warpgroup"), cache
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
     workers = config.workers * lax.axis_size("cta")
@@ -246,8 +257,8 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
     def multiply():
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
-        queries = Queries(q, q_smem.at[me], q_ready.at[me], keys.shape[1], G)
-        _multiply(items, queries, rings, Results(parts, merged, sinks, worker, G), logits)
+        own = make_inputs(inputs, cache, tables, q_smem.at[me])
+        _multiply(items, own, rings, Results(parts, merged, sinks, worker, G), logits)
 
     @pl.when(warpgroup >= config.workers)
     def copy():
@@ -256,26 +267,26 @@ def _attend(work, shares, q, keys, values, tables, sinks, parts, *refs, G, confi
         _copy(items, rings, tables)
 
 
-def _multiply(items: Items, queries: Queries, rings: tuple[Ring, Ring], results: Results, logits) -> None:
+def _multiply(items: Items, inputs: Queries | Projected, rings: tuple[Ring, Ring], results: Results, logits) -> None:
     """Attends with the queries of each item, and stores what it finds, merged with what it found before in a run."""
-    D = queries.tile.shape[1]
+    D = inputs.tile.shape[1]
     if items.in_runs:
         results.tell_nothing()
 
     def visit(n, carry):
         done, so_far = carry
         item = items.read(n)
-        pl.when((n == 0) | (item.split == 0) | (not items.in_runs))(partial(queries.fetch, item))
+        pl.when((n == 0) | (item.split == 0) | (not items.in_runs))(partial(inputs.fetch, item))
         tiles = item.tiles
-        step = partial(_attend_to_tile, item, done, queries.tile, rings, logits)
-        found = lax.fori_loop(0, tiles, step, _empty(D))
+        step = partial(_attend_to_tile, item._replace(stop=inputs.stop(item)), done, inputs.tile, rings, logits)
+        found = lax.fori_loop(0, tiles, step, inputs.begin(item, logits))
         if items.in_runs:
             so_far = _end_in_run(items, n, item, so_far, found, results)
         else:
             results.store(item, item.split, found)
         return done + tiles, so_far
 
-    lax.fori_loop(0, items.count, visit, (jnp.int32(0), list(_empty(D)) if items.in_runs else []))
+    lax.fori_loop(0, items.count, visit, (jnp.int32(0), list(empty(D)) if items.in_runs else []))
 
 
 def _attend_to_tile(item: Item, done, queries, rings: tuple[Ring, Ring], logits, t, found):
@@ -369,11 +380,6 @@ def logits_of(scores, token, stop, length, *, scale, window, soft_cap, axis=1):
     return jnp.where(visible, scores, -jnp.inf)
 
 
-def whole(x):
-    """To the nearest whole number, where it is below 2^22."""
-    return (x + 1.5 * 2.0**23) - 1.5 * 2.0**23
-
-
 def _merge(a, b):
     """Two splits' sums of values, maxima and denominators, as one's."""
     m = jnp.maximum(a[1], b[1])
@@ -392,10 +398,3 @@ def _divided(found, sinks, first, G):
         acc, total = acc * lax.broadcast_in_dim(decay, acc.shape, [0]), total * decay
         total = total + jnp.exp2(sink_m - m_new) * sink_total
     return acc * lax.broadcast_in_dim(reciprocal(total), acc.shape, [0])
-
-
-def _empty(D):
-    """Nothing found: the weighted sum of values [ROWS, D], the maximum [ROWS] in base 2 and the denominator [ROWS]."""
-    column = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, D), jnp.float32), plgpu.Layout.WGMMA)
-    return acc, column - jnp.inf, column

@@ -1,8 +1,6 @@
 """From the fused projection to rotated queries and a written cache, in one pass over it.
 
-Through XLA this is seven kernels a layer. Here a warpgroup takes some of a token's heads, queries, keys and values. A
-thread holds 4 neighbours of a head's first half and the 4 of the second that the rotary embedding turns them with (8 of
-each in heads of 256), so that it moves vectors and a head's sums stay within a warp.
+Through XLA this is seven kernels a layer. Here a warpgroup takes some of a token's heads, queries, keys and values.
 """
 
 from functools import partial
@@ -11,13 +9,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
 
-from kernels_pallas.gpu.rows import PARAMS, WARPGROUP, load, store
+from kernels_pallas.gpu.heads import halves_layout, halves_shape, normed, of_q_or_k, turn
+from kernels_pallas.gpu.rows import PARAMS, load, store
 from kernels_pallas.quantize import rounded, scales_of
 
 
@@ -42,7 +37,7 @@ def rotate_and_write(parts, tables, norms, cache, block, offset, *, num_heads, e
     q = plgpu.kernel(
         partial(_rotate, epsilon=epsilon, norm_offset=None if norms is None else norm_offset),
         out_type=jax.ShapeDtypeStruct((T, num_heads, D), dtype),
-        grid=(T, pl.cdiv(heads, WARPGROUP // _threads(D))),
+        grid=(T, pl.cdiv(heads, halves_shape(D)[0])),
         grid_names=("token", "tile"),
         kernel_name="rotate_and_write",
         compiler_params=PARAMS,
@@ -50,23 +45,11 @@ def rotate_and_write(parts, tables, norms, cache, block, offset, *, num_heads, e
     return q, tuple(map(jax.freeze, cache))
 
 
-def _threads(D: int) -> int:
-    """Of a head. With half as many, a token takes 0.1 us longer and 2,048 take 1 us less (one H100, heads of 128)."""
-    return min(D // 8, 16)
-
-
-def _layout(D: int):
-    """Of a half of each head that a warpgroup has, [heads, D / 2]."""
-    heads = WARPGROUP // _threads(D)
-    tiles = plgpu.Tiling(((heads, D // 2), (heads // 4, D // 2), (D // 2 // _threads(D),)))
-    return plgpu.Layout.TILED(tiles, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
 def _rotate(parts, cos, sin, q_norm, k_norm, block, offset, cache, q, *, epsilon, norm_offset):
     heads, D = parts.shape[2:]
     H, dtype = q.shape[1], q.dtype
     keys, values, *scales = cache
-    K, layout, shape = keys.shape[1], _layout(D), (WARPGROUP // _threads(D), D // 2)
+    K, layout, shape = keys.shape[1], halves_layout(D), halves_shape(D)
     token, first = lax.axis_index("token"), lax.axis_index("tile") * shape[0]
     halves = [pl.ds(i * D // 2, D // 2) for i in range(2)]
 
@@ -87,13 +70,9 @@ def _rotate(parts, cos, sin, q_norm, k_norm, block, offset, cache, q, *, epsilon
     place = block[token], slice(None), offset[token]
     x, y = (half.astype(jnp.float32) for half in old)
     if norm_offset is not None:
-        weights = [_of_q_or_k(q_norm.at[half], k_norm.at[half], H - first, shape, layout) for half in halves]
-        inverse = spread(lax.rsqrt((x * x + y * y).sum(axis=1) * (1 / D) + epsilon), 0)
-        x, y = (
-            (half * inverse * (weight.astype(jnp.float32) + norm_offset)).astype(dtype).astype(jnp.float32)
-            for half, weight in zip((x, y), weights, strict=True)
-        )
-    turned = [half.astype(dtype) for half in (x * c - y * s, y * c + x * s)]
+        weights = [of_q_or_k(q_norm.at[half], k_norm.at[half], H - first, shape, layout) for half in halves]
+        x, y = normed(x, y, weights, epsilon, norm_offset, dtype, spread=partial(spread, axis=0))
+    turned = [half.astype(dtype) for half in turn(x, y, c, s)]
     new_keys, new_values = turned, old
     if scales:
         is_turned = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) < H + K
@@ -106,23 +85,3 @@ def _rotate(parts, cos, sin, q_norm, k_norm, block, offset, cache, q, *, epsilon
         put(q.at[token, :, half], turned[i], 0)
         put(keys.at[(*place, half)], new_keys[i], H)
         put(values.at[(*place, half)], new_values[i], H + K)
-
-
-def _of_q_or_k(of_q, of_k, queries, shape, layout):
-    """of_q [D / 2] in the first `queries` rows of what has this shape and layout, of_k in the others."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
-        return_type=plgpu.ShapeDtypeStruct(shape, of_q.dtype, layout=layout),
-    )
-    def load_registers(_, of_q, of_k, queries):
-        tiled, index = layout.to_mgpu(), ir.IndexType.get()
-        queries = arith.index_cast(index, queries.registers.item())
-        kind = tiled.registers_element_type(ir.MemRefType(of_q.type).element_type)
-        registers = np.empty(tiled.registers_shape(shape), dtype=object)
-        for i, (row, column) in enumerate(tiled.thread_idxs(shape)):
-            is_query = arith.cmpi(arith.CmpIPredicate.slt, row, queries)
-            registers.flat[i] = vector.load(kind, arith.select(is_query, of_q, of_k), [column])
-        return FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)
-
-    return load_registers(of_q, of_k, queries)

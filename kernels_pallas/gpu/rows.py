@@ -113,12 +113,12 @@ def store(ref, x, start, stop, layout, shift=0) -> None:
                     place = [arith.addi(row, shift), *(arith.addi(c, mgpu.c(offset, index)) for c in column)]
                     if flat:
                         place = [arith.addi(arith.muli(place[0], mgpu.c(x.shape[1], index)), place[1])]
-                    vector.store(register, ref, place, alignment=_bytes_of(register))
+                    vector.store(register, ref, place, alignment=bytes_of(register))
 
     store_registers(ref, x, *(jnp.asarray(bound, jnp.int32) for bound in (start, stop, shift)))
 
 
-def _bytes_of(register) -> int:
+def bytes_of(register) -> int:
     """Of a thread's vector: where it is stored is a multiple of that. Not told so, LLVM cuts pairs of floats in two."""
     kind = ir.VectorType(register.type)
     return mgpu.bitwidth(kind.element_type) * kind.shape[0] // 8
