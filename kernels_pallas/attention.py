@@ -59,6 +59,11 @@ class AttentionBatch:
     decode_only: bool = False
     deterministic: bool = False
 
+    @property
+    def num_tokens(self) -> jax.Array:
+        """int32[], of the step; the T rows behind them are padding."""
+        return self.cu_q_lens[self.num_seqs[1]]
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["q", "k"], meta_fields=["epsilon", "offset"])
 @dataclass(frozen=True)

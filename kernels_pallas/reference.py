@@ -76,7 +76,7 @@ def places(num_tokens, cache, batch):
         seq = jnp.searchsorted(batch.cu_q_lens[1:], tokens, side="right")
         seq = jnp.minimum(seq, batch.kv_lens.shape[0] - 1)
         position = batch.kv_lens[seq] - batch.cu_q_lens[seq + 1] + tokens
-    valid = (position >= 0) & (tokens < batch.cu_q_lens[batch.num_seqs[1]])
+    valid = (position >= 0) & (tokens < batch.num_tokens)
     block_size = cache[0].shape[2]
     position = jnp.where(valid, position, 0)
     block = jnp.where(valid, batch.block_tables[seq, position // block_size], 0)

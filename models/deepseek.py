@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import AttentionBatch, apply_rotary, array_of, latent_cache_shape, ragged_paged_attention
+from kernels_pallas import AttentionBatch, Norm, apply_rotary, array_of, latent_cache_shape, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
@@ -31,7 +31,7 @@ from models.config_fields import (
 from models.experts_config import ExpertsConfig
 from models.latent_config import LatentConfig
 from models.latent_tensors import LatentTensors
-from models.layers import AddNorm, Compute, Dtype, Linear, RMSNorm, Stream
+from models.layers import AddNorm, Compute, Dtype, Layer, Linear, RMSNorm, Stream
 from models.mixtral import expert_parts
 from models.moe import SparseFeedForward
 from models.parts import Part, Path, TensorSource
@@ -88,23 +88,34 @@ class LatentAttention(nn.Module):
         return Linear(c.hidden_size, self.compute, name="out").parts(out.reshape(len(x), -1)), cache
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     config: ModelConfig
     sparse: bool
     compute: Compute
 
-    @nn.compact
-    def __call__(
+    def setup(self) -> None:
+        c = self.config
+        self.attention_norm = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute)
+        self.attention = LatentAttention(c, self.compute)
+        self.mlp_norm = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute)
+        if self.sparse:
+            self.mlp = SparseFeedForward(c, self.compute)
+            self.shared = llama.FeedForward(_shared(c), self.compute)
+        else:
+            self.mlp = llama.FeedForward(c, self.compute)
+
+    def attend(
         self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[Stream, llama.Cache]:
-        c = self.config
-        x, y = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, name="attention_norm")(*stream)
-        parts, cache = LatentAttention(c, self.compute, name="attention")(array_of(y), rotary, cache, batch)
-        x, y = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute, name="mlp_norm")(x, parts)
+        x, y = self.attention_norm(*stream)
+        parts, cache = self.attention(array_of(y), rotary, cache, batch)
+        return (x, parts), cache
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x, y = self.mlp_norm(*stream)
         if not self.sparse:
-            return llama.FeedForward(c, self.compute, name="mlp")(y, x), cache
-        x = x + SparseFeedForward(c, self.compute, name="mlp")(array_of(y), batch)
-        return llama.FeedForward(_shared(c), self.compute, name="shared")(y, x), cache
+            return self.mlp(y, x)
+        return self.shared(y, x + self.mlp(array_of(y), num_tokens))
 
 
 def _shared(config: ModelConfig) -> ModelConfig:

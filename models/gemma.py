@@ -9,11 +9,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, array_of, sum_parts
+from kernels_pallas import AttentionBatch, Norm, sum_parts
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import (
@@ -25,7 +24,7 @@ from models.config_fields import (
     required,
     rope,
 )
-from models.layers import AddNorm, Compute, RMSNorm, Stream, begin_stream, rotary_tables
+from models.layers import AddNorm, Compute, Layer, RMSNorm, Stream, rotary_tables
 from models.parts import Part, Path, TensorSource
 from models.renamed_tensors import RenamedTensors
 
@@ -41,47 +40,47 @@ class Attention(llama.Attention):
     norm_offset: ClassVar[float] = 1.0
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     config: ModelConfig
     window: int | None
     compute: Compute
 
-    @nn.compact
-    def __call__(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
+    def setup(self) -> None:
         c = self.config
         norms = {"epsilon": c.rms_norm_eps, "compute": self.compute, "offset": 1.0}
-        x, y = AddNorm(c.hidden_size, **norms, name=NORMS[0])(*stream)
-        (_, parts), cache = Attention(c, self.window, self.compute, name="attention")(y, rotary, cache, batch)
-        y = RMSNorm(**norms, name=NORMS[1])(sum_parts(parts, x.dtype))
-        x, y = AddNorm(c.hidden_size, **norms, name=NORMS[2])(x, y[None])
-        _, parts = llama.FeedForward(c, self.compute, name="mlp")(y)
-        y = RMSNorm(**norms, name=NORMS[3])(sum_parts(parts, x.dtype))
-        return (x, y[None]), cache
+        self.input_layernorm = AddNorm(c.hidden_size, **norms)
+        self.attention = Attention(c, self.window, self.compute)
+        self.post_attention_layernorm = RMSNorm(**norms)
+        self.pre_feedforward_layernorm = AddNorm(c.hidden_size, **norms)
+        self.mlp = llama.FeedForward(c, self.compute)
+        self.post_feedforward_layernorm = RMSNorm(**norms)
+
+    def attend(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
+        x, y = self.input_layernorm(*stream)
+        (_, parts), cache = self.attention(y, rotary, cache, batch)
+        return (x, self.post_attention_layernorm(sum_parts(parts, x.dtype))[None]), cache
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x, y = self.pre_feedforward_layernorm(*stream)
+        _, parts = self.mlp(y)
+        return x, self.post_feedforward_layernorm(sum_parts(parts, x.dtype))[None]
 
 
 class Gemma(llama.Llama):
     """The decoder: Llama's around other layers, with scaled embeddings and two rotary bases."""
 
-    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
+    decoder_layer: ClassVar[type[Layer]] = DecoderLayer
     norm_offset: ClassVar[float] = 1.0
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """int32[T] tokens and positions -> hidden states [T, E] after the final norm, and the caches."""
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.embed(tokens) * jnp.asarray(self.config.hidden_size**0.5, self.compute.dtype)
+
+    def rotary(self, positions: jax.Array) -> list[Rotary]:
         c = self.config
-        stream = begin_stream(self.embed(tokens) * jnp.asarray(c.hidden_size**0.5, self.compute.dtype))
         everywhere = nearby = rotary_tables(positions, c)
         if c.local_rope_theta is not None:
             nearby = rotary_tables(positions, replace(c, rope_theta=c.local_rope_theta, rope_scaling=None))
-        written = []
-        for layer, window, cache in zip(self.layers, c.sliding_windows, caches, strict=True):
-            stream, cache = layer(stream, everywhere if window is None else nearby, cache, batch)
-            written.append(cache)
-        hidden = array_of(self.norm(*stream)[1])
-        if self.is_initializing():
-            self.logits(hidden)
-        return hidden, tuple(written)
+        return [everywhere if window is None else nearby for window in c.sliding_windows]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32[R, V]."""

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import ACTIVATIONS, AttentionBatch, ragged_paged_attention
+from kernels_pallas import ACTIVATIONS, AttentionBatch, Norm, ragged_paged_attention
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required
-from models.layers import Compute, Embedding, LayerNorm, Linear
+from models.layers import Compute, Embedding, Layer, LayerNorm, Linear, Stream, settled
 from models.parts import Part, Path, TensorSource
 from models.renamed_tensors import RenamedTensors
 from models.sharding import attend, unfuse
@@ -26,26 +26,33 @@ LINEARS = {("qkv",): "attn.c_attn", ("out",): "attn.c_proj", ("up",): "mlp.c_fc"
 NORMS = {("attention_norm",): "ln_1", ("mlp_norm",): "ln_2"}
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     config: ModelConfig
     attention_scale: float
     compute: Compute
 
-    @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache, batch: AttentionBatch) -> tuple[jax.Array, Cache]:
+    def setup(self) -> None:
         c = self.config
-        E, H, D = c.hidden_size, c.num_heads, c.head_dim
-        y = LayerNorm(c.rms_norm_eps, self.compute.dtype, name="attention_norm")(x)
-        qkv = Linear(3 * E, self.compute, use_bias=True, name="qkv")(y)
+        self.attention_norm = LayerNorm(c.rms_norm_eps, self.compute.dtype)
+        self.qkv = Linear(3 * c.hidden_size, self.compute, use_bias=True)
+        self.out = Linear(c.hidden_size, self.compute, use_bias=True)
+        self.mlp_norm = LayerNorm(c.rms_norm_eps, self.compute.dtype)
+        self.up = Linear(c.intermediate_size, self.compute, use_bias=True)
+        self.down = Linear(c.hidden_size, self.compute, use_bias=True)
+
+    def attend(self, stream: Stream, rotary: None, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
+        x, (E, H, D) = settled(*stream), (self.config.hidden_size, self.config.num_heads, self.config.head_dim)
+        qkv = self.qkv(self.attention_norm(x))
         heads = tuple(y.reshape(-1, H, D) for y in unfuse(qkv, (E, E, E), self.compute.shards))
         y, cache = attend(
             ragged_paged_attention, self.compute.mesh, heads, (), cache, batch,
             scale=self.attention_scale, backend=self.compute.attention_backend,
         )  # fmt: skip
-        x = x + Linear(E, self.compute, use_bias=True, name="out")(y.reshape(-1, E))
-        y = LayerNorm(c.rms_norm_eps, self.compute.dtype, name="mlp_norm")(x)
-        y = Linear(c.intermediate_size, self.compute, use_bias=True, name="up")(y)
-        return x + Linear(E, self.compute, use_bias=True, name="down")(ACTIVATIONS[c.activation](y)), cache
+        return self.out.onto(y.reshape(-1, E), x), cache
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x = settled(*stream)
+        return self.down.onto(ACTIVATIONS[self.config.activation](self.up(self.mlp_norm(x))), x)
 
 
 class GPT2(llama.Llama):
@@ -62,19 +69,14 @@ class GPT2(llama.Llama):
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
-    ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        """int32[T] tokens and positions -> hidden states [T, E] after the final norm, and the caches."""
-        x = self.embed(tokens) + self.position(positions)
-        written = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, cache, batch)
-            written.append(cache)
-        hidden = self.norm(x)
-        if self.is_initializing():
-            self.logits(hidden)
-        return hidden, tuple(written)
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.embed(tokens) + self.position(positions)
+
+    def rotary(self, positions: jax.Array) -> list[None]:
+        return [None] * self.config.num_layers
+
+    def normed(self, stream: Stream) -> jax.Array:
+        return self.norm(settled(*stream))
 
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from kernels_pallas import (
     ACTIVATIONS,
+    AttentionBatch,
     Norm,
     Normed,
     add_linear,
@@ -62,6 +63,28 @@ class Compute:
     def kv_heads(self, config: ModelConfig) -> int:
         """KV heads on all devices together, of which each has at least one: its own, or one that others have too."""
         return max(config.num_kv_heads, self.shards)
+
+
+class Layer(nn.Module):
+    """A decoder layer in two sublayers: attention, in which tokens see others, and a feed-forward, of each token alone.
+
+    Families have layers with `attend` and `feed_forward`; their modules are made in `setup`, as both may need them.
+    """
+
+    def __call__(
+        self, stream: Stream, rotary: Any, cache: Any, batch: AttentionBatch, following: Norm | None = None
+    ) -> tuple[Stream, Any]:
+        stream, cache = self.attend(stream, rotary, cache, batch)
+        return self.feed_forward(stream, batch.num_tokens, following), cache
+
+    def attend(self, stream: Stream, rotary: Any, cache: Any, batch: AttentionBatch) -> tuple[Stream, Any]:
+        """The stream [T, E] up to the feed-forward, and the cache."""
+        raise NotImplementedError
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        """The stream [any, E] behind the layer. num_tokens: int32[]; the rows behind them are padding. following: the
+        norm that follows the layer, which may make it on its way."""
+        raise NotImplementedError
 
 
 class Linear(nn.Module):
@@ -202,6 +225,11 @@ class LayerNorm(nn.Module):
 def begin_stream(x: jax.Array) -> Stream:
     """x [T, E] as something to be added to nothing, for layers that begin with adding."""
     return x - x, x[None]  # XLA has a kernel for zeros, but none for what it makes along with x
+
+
+def settled(x: jax.Array, rest: jax.Array | Normed) -> jax.Array:
+    """A stream's sum [T, E]."""
+    return x if isinstance(rest, Normed) else x + sum_parts(rest, x.dtype)
 
 
 def _kernel_init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:

@@ -28,6 +28,7 @@ from models.layers import (
     Dtype,
     Embedding,
     GatedLinear,
+    Layer,
     Linear,
     NormScale,
     Stream,
@@ -93,36 +94,37 @@ class FeedForward(nn.Module):
         return Linear(c.hidden_size, self.compute, use_bias=c.mlp_bias, name="down").onto(y, total, norm)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
+    feed_forward_type: ClassVar[type[nn.Module]] = FeedForward
+
     config: ModelConfig
     window: int | None
     compute: Compute
 
-    @nn.compact
-    def __call__(
-        self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch, following: Norm | None = None
-    ) -> tuple[Stream, Cache]:
-        """following: the norm that follows the layer, to be made in it if that is better."""
+    def setup(self) -> None:
         c = self.config
-        norms = {"features": c.hidden_size, "epsilon": c.rms_norm_eps, "compute": self.compute}
-        before_mlp = AddNorm(**norms, name="mlp_norm")
-        x, y = AddNorm(**norms, name="attention_norm")(*stream)
-        attention = Attention(c, self.window, self.compute, name="attention")
-        stream, cache = attention(y, rotary, cache, batch, x, before_mlp.norm)
-        x, y = before_mlp(*stream)
-        return self.feed_forward(x, y, batch, following), cache
+        self.attention_norm = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute)
+        self.attention = Attention(c, self.window, self.compute)
+        self.mlp_norm = AddNorm(c.hidden_size, c.rms_norm_eps, self.compute)
+        self.mlp = self.feed_forward_type(c, self.compute)
 
-    def feed_forward(
-        self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch, following: Norm | None
-    ) -> Stream:
-        """y: x's norm [T, E]."""
-        return FeedForward(self.config, self.compute, name="mlp")(y, x, following)
+    def attend(self, stream: Stream, rotary: Rotary, cache: Cache, batch: AttentionBatch) -> tuple[Stream, Cache]:
+        x, y = self.attention_norm(*stream)
+        return self.attention(y, rotary, cache, batch, x, self.mlp_norm.norm)
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x, y = self.mlp_norm(*stream)
+        return self.mlp(y, x, following)
 
 
 class Llama(nn.Module):
-    """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`."""
+    """The decoder. Used purely: `model.apply(params, tokens, positions, caches, batch)`.
 
-    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
+    Only few tokens of a prompt are sampled from, and what follows the last layer's attention is of each token alone, so
+    this can be had in two: `to_last_attention` for all tokens, `from_last_attention` for those that it is wanted of.
+    """
+
+    decoder_layer: ClassVar[type[Layer]] = DecoderLayer
     norm_offset: ClassVar[float] = 0.0  # added to the weights of the last norm
 
     config: ModelConfig
@@ -153,16 +155,41 @@ class Llama(nn.Module):
         Returns:
           hidden states [T, E] after the final norm, and the caches.
         """
-        stream = begin_stream(self.embed(tokens))
-        rotary = rotary_tables(positions, self.config)
-        written = []
-        for layer, cache, following in zip(self.layers, caches, self._following_norms(), strict=True):
-            stream, cache = layer(stream, rotary, cache, batch, *following)
-            written.append(cache)
-        hidden = array_of(self.norm(*stream)[1])
+        stream, caches = self.to_last_attention(tokens, positions, caches, batch)
+        hidden = self.from_last_attention(stream, batch.num_tokens)
         if self.is_initializing():
             self.logits(hidden)
-        return hidden, tuple(written)
+        return hidden, caches
+
+    def to_last_attention(
+        self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
+    ) -> tuple[Stream, tuple[Cache, ...]]:
+        """The first part of a step, up to the last layer's feed-forward: arguments as of a call; the stream [T, E] and
+        the caches."""
+        stream, written = begin_stream(self.embedded(tokens, positions)), []
+        *before, (last, rotary, cache) = zip(self.layers, self.rotary(positions), caches, strict=True)
+        for (layer, *inputs), following in zip(before, self._following_norms(), strict=False):
+            stream, new = layer(stream, *inputs, batch, *following)
+            written.append(new)
+        stream, new = last.attend(stream, rotary, cache, batch)
+        return stream, (*written, new)
+
+    def from_last_attention(self, stream: Stream, num_tokens: jax.Array) -> jax.Array:
+        """The second part, for the stream of some tokens [R, E], of which those from num_tokens on are padding: hidden
+        states [R, E] after the final norm."""
+        return self.normed(self.layers[-1].feed_forward(stream, num_tokens, *self._following_norms()[-1]))
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """int32[T] each -> [T, E], what the layers begin with."""
+        return self.embed(tokens)
+
+    def rotary(self, positions: jax.Array) -> Sequence[Any]:
+        """What each layer's attention gets of int32[T]."""
+        return [rotary_tables(positions, self.config)] * self.config.num_layers
+
+    def normed(self, stream: Stream) -> jax.Array:
+        """The last norm."""
+        return array_of(self.norm(*stream)[1])
 
     def _following_norms(self) -> Sequence[tuple[Norm, ...]]:
         """For each layer the norm that follows it, if they are of those that can make it."""

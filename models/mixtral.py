@@ -1,12 +1,12 @@
 """Sparse decoders that are otherwise Llama's: Mixtral (arXiv 2401.04088) and Qwen3-MoE (arXiv 2505.09388)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
-from kernels_pallas import AttentionBatch, Norm, Normed, array_of
+from kernels_pallas import Norm, array_of
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, refuse_unless, required, same_windows
@@ -18,10 +18,11 @@ from models.parts import Part, Path, TensorSource
 
 
 class SparseDecoderLayer(llama.DecoderLayer):
-    def feed_forward(
-        self, x: jax.Array, y: jax.Array | Normed, batch: AttentionBatch, following: Norm | None
-    ) -> Stream:
-        return x, SparseFeedForward(self.config, self.compute, name="mlp")(array_of(y), batch)[None]
+    feed_forward_type: ClassVar[type[nn.Module]] = SparseFeedForward
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x, y = self.mlp_norm(*stream)
+        return x, self.mlp(array_of(y), num_tokens)[None]
 
 
 class Mixtral(llama.Llama):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import ACTIVATIONS, AttentionBatch, grouped_matmul
+from kernels_pallas import ACTIVATIONS, grouped_matmul
 from models.config import ModelConfig
 from models.experts_config import ExpertsConfig
 from models.layers import Compute, Linear
@@ -53,8 +53,8 @@ class SparseFeedForward(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: AttentionBatch) -> jax.Array:
-        """x [T, E] -> [T, E]; zeros in padding rows."""
+    def __call__(self, x: jax.Array, num_tokens: jax.Array) -> jax.Array:
+        """x [T, E] -> [T, E]; zeros in padding rows, those from num_tokens on."""
         c = self.config.experts
         assert c is not None
         T, E = x.shape
@@ -63,7 +63,7 @@ class SparseFeedForward(nn.Module):
         if c.scoring == "sigmoid":  # in float32 always: small differences between large numbers decide
             bias = self.param("choice_bias", nn.initializers.zeros, (c.count,), jnp.float32)
         weights, chosen = route(router(x), c, bias)
-        is_token = (jnp.arange(T) < batch.cu_q_lens[batch.num_seqs[1]])[:, None]
+        is_token = (jnp.arange(T) < num_tokens)[:, None]
         order, place, group_sizes = sort_by_expert(jnp.where(is_token, chosen, c.count), c.count)
         expert = jnp.minimum(chosen.reshape(-1)[order], c.count - 1)
         rows = x[order // c.chosen]

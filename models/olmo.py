@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, apply_rotary, ragged_paged_attention, rms_norm, sum_parts
+from kernels_pallas import AttentionBatch, Norm, apply_rotary, ragged_paged_attention, rms_norm, sum_parts
 from models import llama
 from models.config import ModelConfig
 from models.config_fields import Fields, decoder_fields, same_windows
-from models.layers import Compute, Linear, NormScale, RMSNorm, Stream
+from models.layers import Compute, Layer, Linear, NormScale, RMSNorm, Stream, settled
 from models.parts import Part, Path
 from models.sharding import attend, unfuse
 
@@ -42,28 +42,35 @@ class Attention(nn.Module):
         return Linear(c.hidden_size, self.compute, use_bias=c.out_bias, name="out")(out.reshape(-1, H * D)), cache
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     config: ModelConfig
     window: int | None
     compute: Compute
 
-    @nn.compact
-    def __call__(
-        self, stream: tuple[jax.Array, jax.Array], rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
+    def setup(self) -> None:
+        c = self.config
+        self.attention = Attention(c, self.compute)
+        self.attention_norm = RMSNorm(c.rms_norm_eps, self.compute)
+        self.mlp = llama.FeedForward(c, self.compute)
+        self.mlp_norm = RMSNorm(c.rms_norm_eps, self.compute)
+
+    def attend(
+        self, stream: Stream, rotary: llama.Rotary, cache: llama.Cache, batch: AttentionBatch
     ) -> tuple[Stream, llama.Cache]:
-        c, (x, parts) = self.config, stream
-        x = x + sum_parts(parts, x.dtype)
-        y, cache = Attention(c, self.compute, name="attention")(x, rotary, cache, batch)
-        x = x + RMSNorm(c.rms_norm_eps, self.compute, name="attention_norm")(y)
-        _, parts = llama.FeedForward(c, self.compute, name="mlp")(x)
-        y = sum_parts(parts, x.dtype)
-        return (x, RMSNorm(c.rms_norm_eps, self.compute, name="mlp_norm")(y)[None]), cache
+        x = settled(*stream)
+        y, cache = self.attention(x, rotary, cache, batch)
+        return (x, self.attention_norm(y)[None]), cache
+
+    def feed_forward(self, stream: Stream, num_tokens: jax.Array, following: Norm | None = None) -> Stream:
+        x = settled(*stream)
+        _, parts = self.mlp(x)
+        return x, self.mlp_norm(sum_parts(parts, x.dtype))[None]
 
 
 class Olmo2(llama.Llama):
     """The decoder: Llama's around other layers."""
 
-    decoder_layer: ClassVar[type[nn.Module]] = DecoderLayer
+    decoder_layer: ClassVar[type[Layer]] = DecoderLayer
 
 
 def hf_fields(architecture: str, config: Mapping[str, Any]) -> Fields:

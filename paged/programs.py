@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas import AttentionBatch
-from models import head_params
+from models import begin_stream, head_params, settled
 from paged import sampler
 from paged.packing import SampledRows, StepShape
 from paged.runner_shape import RunnerShape
@@ -44,22 +44,30 @@ class DeviceState(NamedTuple):
 
     caches: Any  # one per layer
     block_tables: jax.Array  # int32[slots, P]
-    hidden: jax.Array  # [largest T, E], of the last prompt step's tokens: what prompt logprobs are made from
+    unfinished: jax.Array  # [largest T, E], the last prompt step's tokens after the last attention: for prompt logprobs
     rows: StepRows
     last_tokens: jax.Array  # int32[slots]
     sampling: SlotState
 
 
 def forward_program(
-    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, rows, *inputs: Any
+    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, unfinished, rows, *inputs: Any
 ) -> tuple[Any, jax.Array, jax.Array, StepRows]:
     """`layers`: the first four of the DeviceState, which it writes."""
-    written, new = layers(model, sizes, shape, params, caches, block_tables, hidden, *inputs)
+    written, new = layers(model, sizes, shape, params, caches, block_tables, unfinished, *inputs)
     return *written, rows.written(*new, scratch=sizes.max_num_seqs)
 
 
 def layers(
-    model: nn.Module, sizes: RunnerShape, shape: StepShape, params, caches, block_tables, hidden, last_tokens, packed
+    model: nn.Module,
+    sizes: RunnerShape,
+    shape: StepShape,
+    params,
+    caches,
+    block_tables,
+    unfinished,
+    last_tokens,
+    packed,
 ) -> tuple[tuple[Any, jax.Array, jax.Array], StepRows]:
     """A step's layers, and what is sampled from after them, S rows. packed: int32[shape.packed_size]; the others as in
     DeviceState, whose first three it writes."""
@@ -86,11 +94,17 @@ def layers(
         shape.decode_only,
         model.compute.deterministic,
     )
-    x, caches = model.apply(params, tokens, positions, caches, batch)
+    stream, caches = model.apply(params, tokens, positions, caches, batch, method="to_last_attention")
+    num_rows = batch.num_tokens
     if not shape.decode_only:
-        hidden = lax.dynamic_update_slice(hidden, x, (0, 0))
-        x = hidden[jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)]
-    return (caches, block_tables, hidden), StepRows(x, shape.sampled_rows(packed))
+        unfinished = lax.dynamic_update_slice(unfinished, settled(*stream), (0, 0))
+        last = jnp.maximum(inputs.cu_q_lens[1:] - 1, 0)
+        if shape.S < shape.T:  # only these rows are sampled from
+            stream, num_rows = begin_stream(unfinished[last]), inputs.num_seqs[1]
+    hidden = model.apply(params, stream, num_rows, method="from_last_attention")
+    if shape.T <= shape.S and not shape.decode_only:
+        hidden = hidden[last]
+    return (caches, block_tables, unfinished), StepRows(hidden, shape.sampled_rows(packed))
 
 
 def sample_program(
@@ -136,8 +150,8 @@ def chain_program(
     head = head_params(params)
 
     def step(i, carry):
-        (caches, block_tables, hidden, rows, last_tokens, sampling), tokens = carry
-        written, new = layers(model, sizes, shape, params, caches, block_tables, hidden, last_tokens, packed[i])
+        (caches, block_tables, unfinished, rows, last_tokens, sampling), tokens = carry
+        written, new = layers(model, sizes, shape, params, caches, block_tables, unfinished, last_tokens, packed[i])
         chosen, output = sample(model, sizes, "random", head, new, last_tokens, sampling)
         return DeviceState(*written, rows, *chosen), tokens.at[i].set(output.tokens)
 
@@ -150,7 +164,9 @@ def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Arra
     return block_tables.at[packed[:, 0]].set(tables), sampler.write_slots(sampling, scalars)
 
 
-def score_program(model: nn.Module, max_logprobs: int, head, hidden: jax.Array, rows: jax.Array) -> SampleOutput:
-    """hidden [largest T, E]; rows int32[2, R]: row of hidden, and the token that follows it."""
-    logits = model.apply(head, hidden[rows[0]], method="logits")
+def score_program(model: nn.Module, max_logprobs: int, params, unfinished: jax.Array, rows: jax.Array) -> SampleOutput:
+    """unfinished: as in DeviceState; rows int32[2, R]: a row of it, and the token that follows that."""
+    stream, count = begin_stream(unfinished[rows[0]]), jnp.int32(rows.shape[1])
+    hidden = model.apply(params, stream, count, method="from_last_attention")
+    logits = model.apply(params, hidden, method="logits")
     return sampler.prompt_logprobs(logits, rows[1], max_logprobs)

@@ -83,7 +83,7 @@ class Runner:
         return DeviceState(
             caches=sharded(caches, self.model.compute.mesh, CACHE),
             block_tables=self._shape((slots, s.blocks_per_seq)),
-            hidden=self._hidden(s.prompt_sizes[-1]),
+            unfinished=self._hidden(s.prompt_sizes[-1]),
             rows=StepRows(self._hidden(s.max_num_seqs), self._shape((3, s.max_num_seqs))),
             last_tokens=self._shape((slots,)),
             sampling=jax.tree.map(lambda x: self._shape(x.shape, x.dtype), sampling),
@@ -180,7 +180,7 @@ class Runner:
 
     def _lower_score(self) -> jax.stages.Lowered:
         program = jax.jit(partial(score_program, self.model, self.shape.max_logprobs), out_shardings=self._everywhere)
-        return program.lower(_shapes(self._head), self.state_shapes().hidden, self._shape((2, SCORE_ROWS)))
+        return program.lower(_shapes(self.params), self.state_shapes().unfinished, self._shape((2, SCORE_ROWS)))
 
     @property
     def compiled(self) -> tuple[list[Any], list[Any]]:
@@ -274,7 +274,7 @@ class Runner:
                     rows = np.zeros((2, SCORE_ROWS), np.int32)
                     rows[0, :count] = np.arange(count) + row + start - first
                     rows[1, :count] = request.prompt_token_ids[start : start + count]
-                    scored = self._score(self._head, self.state.hidden, self._send(rows))
+                    scored = self._score(self.params, self.state.unfinished, self._send(rows))
                     yield request, range(start, start + count), scored
             row += chunk.num_tokens
 

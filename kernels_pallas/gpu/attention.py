@@ -1,6 +1,7 @@
 """Ragged paged attention on Hopper: the reference's cache layout, decode and prefill kernels."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def _attend(q, cache, batch, sinks, project=None, **options):
     """q [T, H, D] over what is cached, this step's keys and values among it; and the cache. q has the cache's dtype, or
     16 bits where the cache has eight. project: how decode-only steps attend from the projection, if they do; decodes
     beside prompts do so too, for a token's result to be the same in both."""
-    decode = project or partial(_decode, q, **options)
+    decode: Callable = project or partial(_decode, q, **options)
     if batch.deterministic:  # a token's kernel must not follow from the step that it is in
         num_seqs = batch.num_seqs.at[0].set(0)
         return _prefill(q, cache, batch, num_seqs, sinks, **options), cache

@@ -87,8 +87,9 @@ def decode_projected(
     G = H // cache[0].shape[1]
     cache = tuple(map(jax.new_ref, cache))
 
-    def make_inputs(inputs, *places):
-        projected = Projected(*inputs, *places, G, epsilon, norm_offset)
+    def make_inputs(inputs, cache, block_tables, tile):
+        parts, rotary, weights = inputs
+        projected = Projected(parts, rotary, weights, cache, block_tables, tile, G, epsilon, norm_offset)
         projected.clear()
         return projected
 

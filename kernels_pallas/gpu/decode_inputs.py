@@ -3,6 +3,7 @@ key and value."""
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -68,7 +69,7 @@ class Projected:
     norms: tuple[jax.Ref, ...]
     cache: tuple[jax.Ref, jax.Ref]
     block_tables: jax.Ref
-    tile: jax.Ref
+    tile: Any
     G: int
     epsilon: float
     offset: float
