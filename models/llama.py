@@ -139,7 +139,7 @@ class Llama(nn.Module):
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
     def decoder_layers(self) -> list[nn.Module]:
-        """Under nn.jit layers that differ in nothing but their weights are traced and lowered once."""
+        """Under nn.jit layers that differ in nothing but their weights are traced and lowered once, but for the last."""
         layer = nn.jit(self.decoder_layer)
         return [layer(self.config, window, self.compute) for window in self.config.sliding_windows]
 
