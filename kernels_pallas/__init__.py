@@ -8,6 +8,7 @@ from kernels_pallas.attention import (
     cache_shape,
     latent_cache_shape,
     lowering,
+    new_arrivals,
     qkv_attention,
     ragged_paged_attention,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "linear",
     "linear_parts",
     "lowering",
+    "new_arrivals",
     "qkv_attention",
     "quantize",
     "ragged_paged_attention",

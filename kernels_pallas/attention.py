@@ -34,7 +34,7 @@ class UnsupportedShapeError(ValueError):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["kv_lens", "block_tables", "cu_q_lens", "num_seqs"],
+    data_fields=["kv_lens", "block_tables", "cu_q_lens", "num_seqs", "arrivals"],
     meta_fields=["decode_only", "deterministic"],
 )
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class AttentionBatch:
       decode_only: static; every sequence has exactly one token and T == S.
       deterministic: static; a token's result is the same to the bit in whatever batch and chunk it is computed. There
         are kernels for that on Hopper alone.
+      arrivals: of new_arrivals, for the layers of one step; None: kernels that need some make their own.
     """
 
     kv_lens: jax.Array
@@ -58,6 +59,7 @@ class AttentionBatch:
     num_seqs: jax.Array
     decode_only: bool = False
     deterministic: bool = False
+    arrivals: jax.Ref | None = None
 
     @property
     def num_tokens(self) -> jax.Array:
@@ -119,6 +121,11 @@ def lowering(backend: str) -> AbstractContextManager[None]:
     from kernels_pallas.gpu.ptxas import asked_once
 
     return asked_once()
+
+
+def new_arrivals(num_seqs: int, num_kv_heads: int, *, backend: str) -> jax.Ref | None:
+    """What the kernels of a step's layers count in, if those of `backend` do: int32[S, K] of zeros."""
+    return jax.new_ref(jnp.zeros((num_seqs, num_kv_heads), jnp.int32)) if backend == "mosaic_gpu" else None
 
 
 def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype, *, backend: str) -> Cache:

@@ -11,7 +11,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import AttentionBatch, Norm, Normed, QKNorm, array_of, best_tokens, cache_shape, qkv_attention
+from kernels_pallas import (
+    AttentionBatch,
+    Norm,
+    Normed,
+    QKNorm,
+    array_of,
+    best_tokens,
+    cache_shape,
+    new_arrivals,
+    qkv_attention,
+)
 from models.config import ModelConfig
 from models.config_fields import (
     Fields,
@@ -139,7 +149,7 @@ class Llama(nn.Module):
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
     def decoder_layers(self) -> list[nn.Module]:
-        """Under nn.jit layers that differ in nothing but their weights are traced and lowered once, but for the last."""
+        """Under nn.jit layers that differ in weights alone are traced and lowered once, but for the last."""
         layer = nn.jit(self.decoder_layer)
         return [layer(self.config, window, self.compute) for window in self.config.sliding_windows]
 
@@ -210,6 +220,11 @@ class Llama(nn.Module):
         tied = self.config.tie_word_embeddings
         kernel = self.embed.embedding if tied else self.head.get_variable("params", "kernel")
         return best_tokens(hidden, kernel, *drawn, **self.compute.kernels)
+
+    def new_arrivals(self, num_seqs: int) -> jax.Ref | None:
+        """`kernels_pallas.new_arrivals` for a step; over several devices kernels make their own."""
+        heads, backend = self.compute.kv_heads(self.config), self.compute.attention_backend
+        return new_arrivals(num_seqs, heads, backend=backend) if self.compute.shards == 1 else None
 
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""

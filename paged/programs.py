@@ -93,6 +93,7 @@ def layers(
         inputs.num_seqs,
         shape.decode_only,
         model.compute.deterministic,
+        model.new_arrivals(shape.S),
     )
     stream, caches = model.apply(params, tokens, positions, caches, batch, method="to_last_attention")
     num_rows = batch.num_tokens

@@ -48,7 +48,7 @@ def qkv_attention(
     project = partial(decode_projected, parts, tables, weights, **heads, **options)
     from_projection = not (batch.deterministic or is_quantized(cache[0].dtype))
     if from_projection and batch.decode_only:
-        return project(cache, batch.kv_lens, batch.block_tables, sinks)
+        return project(cache, batch.kv_lens, batch.block_tables, sinks, batch.arrivals)
     block, offset = reference.places(T, cache, batch)
     q, cache = rotate_and_write(parts, tables, weights, cache, block, offset, dtype=dtype, **heads)
     return _attend(q, cache, batch, sinks, project if from_projection else None, **options)
@@ -63,11 +63,11 @@ def _attend(q, cache, batch, sinks, project=None, **options):
         num_seqs = batch.num_seqs.at[0].set(0)
         return _prefill(q, cache, batch, num_seqs, sinks, **options), cache
     if batch.decode_only:
-        return decode(cache, batch.kv_lens, batch.block_tables, sinks)
+        return decode(cache, batch.kv_lens, batch.block_tables, sinks, batch.arrivals)
     rows = jnp.arange(min(len(q), len(batch.kv_lens)))  # a decode's only token is in the row of its sequence
     is_decode = rows < batch.num_seqs[0]
     kv_lens = jnp.where(is_decode, batch.kv_lens[: len(rows)], 0)
-    decodes, cache = decode(cache, kv_lens, batch.block_tables[: len(rows)], sinks)
+    decodes, cache = decode(cache, kv_lens, batch.block_tables[: len(rows)], sinks, batch.arrivals)
     out = _prefill(q, cache, batch, batch.num_seqs, sinks, **options)
     return out.at[jnp.where(is_decode, rows, len(q))].set(decodes, mode="drop", unique_indices=True), cache
 
@@ -76,11 +76,11 @@ def _prefill(q, cache, batch, num_seqs, sinks, **options):
     return prefill_attention(q, cache, batch.kv_lens, batch.block_tables, batch.cu_q_lens, num_seqs, sinks, **options)
 
 
-def _decode(q, cache, kv_lens, block_tables, sinks, **options):
+def _decode(q, cache, kv_lens, block_tables, sinks, arrivals, **options):
     q = q[: len(kv_lens)]
     if is_quantized(cache[0].dtype):
         return decode_eight_bits(q, cache, kv_lens, block_tables, sinks, **options), cache
-    return decode_attention(q, *cache, kv_lens, block_tables, sinks, **options), cache
+    return decode_attention(q, *cache, kv_lens, block_tables, sinks, arrivals, **options), cache
 
 
 def _falls_back(num_heads, dtype, cache, batch) -> bool:

@@ -7,10 +7,11 @@ warpgroup copies pages into a ring of tiles, running ahead from one item into th
 multiplies. The G query heads that share a key/value head are the first rows of wgmma's 64; the other rows are computed
 for nothing and never stored.
 
-In large batches a worker has a run of items, by their tiles as long as any other's of its wave of CTAs. If it has a
-sequence's first split, it merges those that follow as it goes, and writes the result if it has all of them; a second
-kernel merges the rest. Which splits are merged where does not change a bit: they are added in one order, and their
-maxima are rounded to whole numbers, so that what aligns them is a power of two, an exact factor.
+A second kernel merges the splits. In large batches there is none: a worker has a run of items, by their tiles as long
+as any other's of its wave of CTAs. If it has a sequence's first split, it merges those that follow as it goes, and
+writes the result if it has all of them; of several workers that have some, the last to be done merges what they found.
+Which splits are merged where does not change a bit: they are added in one order, and their maxima are rounded to whole
+numbers, so that what aligns them is a power of two, an exact factor.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.gpu.arrivals import add_to
 from kernels_pallas.gpu.decode_inputs import Projected, Queries, empty, whole
 from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
-from kernels_pallas.gpu.merge import Sinks, Unfinished, merge_splits, reciprocal, stored_rows
+from kernels_pallas.gpu.merge import Sinks, Unfinished, clear, merge, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
     PARAMS,
@@ -42,7 +44,7 @@ from kernels_pallas.gpu.rows import (
 
 @partial(jax.jit, static_argnames=("scale", "window", "soft_cap", "config"))
 def decode_attention(
-    q, keys, values, kv_lens, block_tables, sinks=None, *, scale, window=None, soft_cap=None, config=None
+    q, keys, values, kv_lens, block_tables, sinks=None, arrivals=None, *, scale, window=None, soft_cap=None, config=None
 ):
     """Attends with one query token a sequence, the last of its kv_lens tokens, which are all cached.
 
@@ -52,6 +54,7 @@ def decode_attention(
       kv_lens: int32[S]; 0 gives zeros.
       block_tables: int32[S, P].
       sinks: float32[H] or None.
+      arrivals: int32[at least S, K] of zeros, which it leaves so; None: it makes its own.
       scale, window, soft_cap: see kernels_pallas.attention.
 
     Returns:
@@ -64,13 +67,14 @@ def decode_attention(
         return Queries(q, tile, G)
 
     logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
-    out = _call(make_inputs, q, (keys, values), kv_lens, block_tables, sinks, G, logits, config or DecodeConfig.of(D))
+    batch = kv_lens, block_tables, sinks, arrivals
+    out = _call(make_inputs, q, (keys, values), *batch, G, logits, config or DecodeConfig.of(D))
     return out.reshape(-1, H, D)
 
 
 @partial(jax.jit, static_argnames=("num_heads", "epsilon", "norm_offset", "scale", "window", "soft_cap", "config"))
 def decode_projected(
-    parts, tables, norms, cache, kv_lens, block_tables, sinks=None,
+    parts, tables, norms, cache, kv_lens, block_tables, sinks=None, arrivals=None,
     *, num_heads, epsilon, norm_offset, scale, window=None, soft_cap=None, config=None,
 ):  # fmt: skip
     """`rotate_and_write` and `decode_attention` in one, for sequences whose newest token is in the row of its sequence:
@@ -94,38 +98,33 @@ def decode_projected(
         return projected
 
     logits = partial(logits_of, scale=scale, window=window, soft_cap=soft_cap)
-    inputs = parts, tables, norms or ()
-    out = _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, G, logits, config or DecodeConfig.of(D))
+    batch = kv_lens, block_tables, sinks, arrivals
+    out = _call(make_inputs, (parts, tables, norms or ()), cache, *batch, G, logits, config or DecodeConfig.of(D))
     return out.reshape(-1, H, D), tuple(map(jax.freeze, cache))
 
 
-def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, G, logits, config: DecodeConfig):
+def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, arrivals, G, logits, config: DecodeConfig):
     """[S, K, G, D]. make_inputs(inputs, cache, block_tables, tile) has what an item begins with, see decode_inputs."""
     K, N, D = cache[0].shape[1:]
     S, dtype = len(kv_lens), cache[0].dtype
     cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, logits.keywords["window"], config)
     work, count = list_work(cuts, kv_lens)
-    # With fewer, few workers have several splits of a sequence, and merging costs more than it saves.
-    in_runs = 3 * config.workers * num_sms() < 2 * S * K
+    # With fewer, few workers have several splits of a sequence, and seeing who is last costs more than it saves.
+    in_runs = config.runs_from * config.workers * num_sms() < S * K
     waves = config.waves if in_runs else (1,)
     ctas = len(waves) * num_sms()
     lengths = np.tile(np.repeat(waves, num_sms()), config.workers)
     shares = share_work(cuts, K, lengths) if in_runs else count
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
-    merged = (
-        jax.ShapeDtypeStruct((S, K, stored * D), dtype),
-        jax.ShapeDtypeStruct((len(lengths), len(Unfinished._fields)), jnp.int32),
-    )
-    found, *complete = plgpu.kernel(
+    parts = [(S, K, cuts.most, stored * D), *[(S, K, cuts.most, stored)] * 2]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in parts]
+    result = jax.ShapeDtypeStruct((S, K, stored * D), dtype)
+    if in_runs and arrivals is None:
+        arrivals = jax.new_ref(jnp.zeros((S, K), jnp.int32))
+    *found, out = plgpu.kernel(
         partial(_attend, make_inputs=make_inputs, G=G, config=config, logits=logits),
-        out_type=(
-            (
-                jax.ShapeDtypeStruct((S, K, cuts.most, stored * D), jnp.float32),
-                *[jax.ShapeDtypeStruct((S, K, cuts.most, stored), jnp.float32)] * 2,
-            ),
-            *(merged if in_runs else ()),
-        ),
+        out_type=(*shapes, (result,) if in_runs else ()),
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=2 * config.workers,
@@ -133,19 +132,19 @@ def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, G, logits, c
         kernel_name="decode_attention",
         scratch_types=_scratch(config, D, N, dtype),
         compiler_params=PARAMS,
-    )(work, shares, inputs, cache, block_tables, sinks or ())
-    out = merge_splits(found, cuts.splits, sinks, G, dtype, complete)
+    )(work, shares, inputs, cache, block_tables, sinks or (), (cuts.splits, arrivals) if in_runs else ())
+    out = out[0] if in_runs else merge_splits(found, cuts.splits, sinks, G, dtype)
     return out.reshape(S, K, stored, D)[:, :, :G]
 
 
 def _scratch(config: DecodeConfig, D: int, N: int, dtype) -> list:
-    """A CTA's queries, keys and values, and barriers, for full slots and free ones."""
+    """A CTA's queries, keys and values, what its workers are told, and barriers, for full slots and free ones."""
     workers, slots = config.workers, config.workers * config.stages
     queries = plgpu.SMEM((workers, ROWS, D), dtype, transforms=TILED)
     ring = plgpu.SMEM((workers, config.stages, TILE, D), dtype, transforms=TILED)
     full = plgpu.Barrier(num_arrivals=max(1, TILE // N), num_barriers=slots)
     free = plgpu.Barrier(num_barriers=slots)
-    return [queries, ring, ring, full, full, free, free]
+    return [queries, ring, ring, plgpu.SMEM((workers, 1), jnp.int32), full, full, free, free]
 
 
 @dataclass(frozen=True)
@@ -200,21 +199,14 @@ class Ring(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """Where a worker's results go.
+    """Where what a worker finds goes.
 
     Attributes:
-      parts: float32[S, K, M, R * D] and twice [S, K, M, R], what was found, as merge_splits takes it.
-      merged: dtype[S, K, R * D], of sequences of which the worker has all splits, and int32[workers, 4], an Unfinished
-        each; empty if workers do not merge.
-      sinks: empty or float32[H] twice.
-      worker: its number.
+      parts: float32[S, K, M, R * D] and twice [S, K, M, R], as merge_splits takes them.
       G: rows to store.
     """
 
     parts: tuple[jax.Ref, ...]
-    merged: list[jax.Ref]
-    sinks: tuple[jax.Ref, ...]
-    worker: jax.Array
     G: int
 
     def store(self, item: Item, slot, found) -> None:
@@ -224,30 +216,49 @@ class Results:
         for ref, value in zip(self.parts[1:], found[1:], strict=True):
             store_column(ref.at[place], value, self.G)
 
+
+@dataclass(frozen=True)
+class MergedResults(Results):
+    """Results that workers with runs of items merge.
+
+    Attributes:
+      out: [S, K, R * D].
+      sinks: empty or float32[H] twice.
+      arrivals: int32[any, K], for each sequence and head the splits that have come, and 2^16 times those in part 0.
+      told: int32[1] in shared memory, see add_to.
+    """
+
+    out: jax.Ref
+    sinks: tuple[jax.Ref, ...]
+    arrivals: jax.Ref
+    told: jax.Ref
+
     def finish(self, item: Item, found) -> None:
         """Stores the attention of the item's sequence and head, of which all splits were found."""
-        out = self.merged[0]
         attention = _divided(found, self.sinks, item.head * self.G, self.G)
-        store_rows(out.at[item.seq, item.head], attention.astype(out.dtype), self.G)
+        store_rows(self.out.at[item.seq, item.head], attention.astype(self.out.dtype), self.G)
 
-    def tell(self, item: Item) -> None:
-        """That the splits up to this one are merged as part 0, and others are not."""
-        for i, value in enumerate(Unfinished(item.seq, item.head, item.splits, item.split + 1)):
-            self.merged[1][self.worker, i] = value
+    def arrive(self, item: Item, count, in_first) -> None:
+        """So many of its splits are stored, and so many of these merged in part 0; whoever has the last merges all."""
+        mine = self.arrivals.at[item.seq, pl.ds(item.head, 1)]
+        come = add_to(mine, self.told, count + (in_first << 16))
 
-    def tell_nothing(self) -> None:
-        """That nothing is unfinished, as long as nothing else is told."""
-        self.merged[1][self.worker, 0] = jnp.int32(-1)
+        @pl.when((come & 0xFFFF) == item.splits)
+        def last():
+            mine[0] = jnp.int32(0)
+            merge(self.parts, Unfinished(item.seq, item.head, item.splits, come >> 16), self.sinks, self.out, self.G)
 
 
-def _attend(work, shares, inputs, cache, tables, sinks, parts, *refs, make_inputs, G, config, logits):
-    """The kernel: warpgroup w of a CTA multiplies for its worker w, and warpgroup `workers` + w copies for it."""
-    *merged, q_smem, k_smem, v_smem, k_ready, v_ready, k_free, v_free = refs
+def _attend(work, shares, inputs, cache, tables, sinks, runs, *refs, make_inputs, G, config, logits):
+    """The kernel: warpgroup w of a CTA multiplies for its worker w, and warpgroup `workers` + w copies for it.
+
+    runs: the sequences' splits, int32[S], and arrivals; empty, as `out` is then, if workers have no runs."""
+    *parts, out, q_smem, k_smem, v_smem, told, k_ready, v_ready, k_free, v_free = refs
     warpgroup, (keys, values) = lax.axis_index("warpgroup"), cache
     me = lax.rem(warpgroup, jnp.int32(config.workers))
     worker = me * lax.axis_size("cta") + lax.axis_index("cta")
-    workers = config.workers * lax.axis_size("cta")
-    items = Items.of(work, shares, keys.shape[1], worker, workers, in_runs=bool(merged))
+    workers = jnp.int32(config.workers * lax.axis_size("cta"))
+    items = Items.of(work, shares, keys.shape[1], worker, workers, in_runs=bool(runs))
     base = me * jnp.int32(config.stages)
     rings = (
         Ring(keys, k_smem.at[me], k_ready, k_free, base),
@@ -258,21 +269,23 @@ def _attend(work, shares, inputs, cache, tables, sinks, parts, *refs, make_input
     def multiply():
         if config.workers > 1:
             plgpu.set_max_registers(208, action="increase")
-        own = make_inputs(inputs, cache, tables, q_smem.at[me])
-        _multiply(items, own, rings, Results(parts, merged, sinks, worker, G), logits)
+        results = Results(tuple(parts), G)
+        if runs:
+            results = MergedResults(tuple(parts), G, out[0], sinks, runs[1], told.at[me])
+        _multiply(items, make_inputs(inputs, cache, tables, q_smem.at[me]), rings, results, logits)
 
     @pl.when(warpgroup >= config.workers)
     def copy():
         if config.workers > 1:
             plgpu.set_max_registers(40, action="decrease")
         _copy(items, rings, tables)
+        if runs:
+            clear(out[0], runs[0], worker, workers)
 
 
 def _multiply(items: Items, inputs: Queries | Projected, rings: tuple[Ring, Ring], results: Results, logits) -> None:
     """Attends with the queries of each item, and stores what it finds, merged with what it found before in a run."""
     D = inputs.tile.shape[1]
-    if items.in_runs:
-        results.tell_nothing()
 
     def visit(n, carry):
         done, so_far = carry
@@ -281,7 +294,7 @@ def _multiply(items: Items, inputs: Queries | Projected, rings: tuple[Ring, Ring
         tiles = item.tiles
         step = partial(_attend_to_tile, item._replace(stop=inputs.stop(item)), done, inputs.tile, rings, logits)
         found = lax.fori_loop(0, tiles, step, inputs.begin(item, logits))
-        if items.in_runs:
+        if isinstance(results, MergedResults):
             so_far = _end_in_run(items, n, item, so_far, found, results)
         else:
             results.store(item, item.split, found)
@@ -317,22 +330,26 @@ def _attend_to_tile(item: Item, done, queries, rings: tuple[Ring, Ring], logits,
     return acc, m_new, total
 
 
-def _end_in_run(items: Items, n, item: Item, so_far, found, results: Results):
+def _end_in_run(items: Items, n, item: Item, so_far, found, results: MergedResults):
     """Merges what was found at item n with what was `so_far`, of the splits before it if the worker has them all.
 
     The merged splits from the first on are stored when no more follow: as the result, if those are all that the
-    sequence has, or else as part 0, and that others are unfinished is told. A split whose first another worker has is a
-    part of its own.
+    sequence has, or else as part 0. A split whose first another worker has is a part of its own.
     """
     from_first = n >= item.split
     both = _merge(so_far, found)
     merged = [jnp.where(from_first & (item.split > 0), a, b) for a, b in zip(both, found, strict=True)]
-    complete = from_first & (item.split + 1 == item.splits)
-    stored = ~from_first | ((n + 1 == items.count) & ~complete)
-    slot = jnp.where(from_first, 0, item.split)
+    is_last, ends = item.split + 1 == item.splits, n + 1 == items.count
+    complete = from_first & is_last
+    stored = ~from_first | (ends & ~complete)
     pl.when(complete)(partial(results.finish, item, merged))
-    pl.when(from_first & stored)(partial(results.tell, item))
-    pl.when(stored)(partial(results.store, item, slot, merged))
+
+    @pl.when(stored)
+    def store():
+        results.store(item, jnp.where(from_first, 0, item.split), merged)
+        in_first = jnp.where(from_first, item.split + 1, 0)
+        pl.when(is_last | ends)(lambda: results.arrive(item, jnp.where(from_first, in_first, n + 1), in_first))
+
     return merged
 
 

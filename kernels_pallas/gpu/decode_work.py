@@ -22,6 +22,7 @@ class DecodeConfig:
       max_splits: ... and into at most this many of them.
       workers: pairs of a compute and a memory warpgroup in one CTA, one CTA to an SM.
       stages: tiles of keys, and of values, in flight for each worker.
+      runs_from: workers have runs of items if there are more than so many sequences and key/value heads for each.
       waves: where workers have runs of items, how these are in length, those of as many CTAs as there are SMs each. The
         fastest SM is done in 70% of the slowest's time, and the hardware gives it the next CTA.
     """
@@ -30,6 +31,7 @@ class DecodeConfig:
     max_splits: int
     workers: int
     stages: int
+    runs_from: float = 1.4
     waves: tuple[int, ...] = (22, 2, 1)
 
     @classmethod

@@ -1,8 +1,4 @@
-"""Merges the splits of a sequence, each the attention over a run of its cached tokens, into one result.
-
-This is a kernel of its own: letting the last split to finish merge all of them saves a launch, but the fences that it
-takes cost every split more (64 x 4,096 tokens went from 387 to 663 us).
-"""
+"""Merges the splits of a sequence, each the attention over a run of its cached tokens, into one result."""
 
 from functools import partial, reduce
 from typing import NamedTuple
@@ -32,8 +28,7 @@ class Sinks(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """Of a sequence and key/value head: splits, and how many of them, from the first on, part 0 already is. A worker
-    that leaves none has sequence -1."""
+    """Of a sequence and key/value head: splits, and how many of them, from the first on, part 0 already is."""
 
     seq: jax.Array
     head: jax.Array
@@ -46,47 +41,38 @@ def stored_rows(G: int, D: int) -> int:
     return G if G * D % WARPGROUP == 0 else G + 1
 
 
-def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype, complete=()) -> jax.Array:
+def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype) -> jax.Array:
     """One online softmax over what the splits of each sequence found.
 
     Args:
       found: float32[S, K, M, R * D], each split's weighted sum of values, not normalised, where R is stored_rows;
         float32[S, K, M, R] twice, its maximum, in base 2, and denominator.
       splits: int32[S], how many of the M a sequence has.
-      complete: dtype[S, K, R * D], the result but for what int32[workers, 4], an Unfinished each, names.
-        Empty: all is to be done, and part 0 is the first split.
 
     Returns:
       dtype[S, K, R * D], zeros where there are no splits.
     """
     S, K, _, size = found[0].shape
-    in_place = tuple(map(jax.new_ref, complete[:1]))
-    unfinished = complete[1:]
-    kernel = partial(_merge_unfinished if complete else _merge_all, G=G, R=found[1].shape[-1])
-    made = plgpu.kernel(
-        kernel,
-        out_type=() if in_place else jax.ShapeDtypeStruct((S, K, size), dtype),
-        grid=(len(unfinished[0]),) if complete else (S, K),
-        grid_names=("worker",) if complete else ("sequence", "head"),
+    return plgpu.kernel(
+        partial(_merge_all, G=G),
+        out_type=jax.ShapeDtypeStruct((S, K, size), dtype),
+        grid=(S, K),
+        grid_names=("sequence", "head"),
         kernel_name="decode_attention_merge",
         compiler_params=PARAMS,
-    )(found, splits, sinks or (), *unfinished, *in_place)
-    return jax.freeze(in_place[0]) if in_place else made
+    )(found, splits, sinks or ())
 
 
-def _merge_all(found, splits, sinks, out, **rows):
+def _merge_all(found, splits, sinks, out, *, G):
     seq, head = lax.axis_index("sequence"), lax.axis_index("head")
-    _merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, **rows)
+    merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, G)
 
 
-def _merge_unfinished(found, splits, sinks, unfinished, out, **rows):
-    """What one worker left; and zeros for a sequence that has no split, which no worker has seen."""
-    worker, workers = lax.axis_index("worker"), jnp.int32(lax.axis_size("worker"))
-    left = Unfinished(*(unfinished[worker, i] for i in range(len(Unfinished._fields))))
-    pl.when(left.seq >= 0)(lambda: _merge(found, left, sinks, out, **rows))
+def clear(out, splits, worker, workers) -> None:
+    """Zeros for one of so many workers' share of the sequences that have no split."""
     S, (K, size) = splits.shape[0], out.shape[1:]
 
-    def clear(n, _):
+    def visit(n, _):
         seq = worker + n * workers
 
         @pl.when(splits[seq] == 0)
@@ -95,17 +81,19 @@ def _merge_unfinished(found, splits, sinks, unfinished, out, **rows):
             for head in range(K):
                 out[seq, head] = plgpu.layout_cast(zeros, _layout(size))
 
-    lax.fori_loop(0, lax.div(S - worker + workers - 1, workers), clear, None)
+    lax.fori_loop(0, lax.div(S - worker + workers - 1, workers), visit, None)
 
 
 def _layout(size: int):
     return plgpu.Layout.WG_STRIDED((size,), vec_size=next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0))
 
 
-def _merge(found, left: Unfinished, sinks, out, *, G, R):
+def merge(found, left: Unfinished, sinks, out, G: int) -> None:
+    """In a warpgroup: what merge_splits gives for one sequence and head, of `found` as that takes it, to out [S, K,
+    R * D]."""
     seq, head, splits, merged = left
     parts, maxima, totals = (ref.at[seq, head] for ref in found)
-    size = parts.shape[1]
+    size, R = parts.shape[1], maxima.shape[1]
     D = size // R
     at_once = max(1, min(4, AT_ONCE // size))
     layout = _layout(size)

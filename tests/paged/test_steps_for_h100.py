@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
          "head_dim": 64, "num_hidden_layers": 2, "vocab_size": 4096, "max_position_embeddings": 2048}  # fmt: skip
 LAYERS = SHAPE["num_hidden_layers"]
-DECODE = {"decode_attention": LAYERS, "decode_attention_merge": LAYERS}
+DECODE = {"decode_attention": LAYERS}
+MERGE = {"decode_attention_merge": LAYERS}  # of few sequences and heads, see gpu/decode.py
 PROMPT = {"rotate_and_write": LAYERS, "prefill_attention": LAYERS}
 LINEAR = {"linear": 4 * LAYERS}  # qkv, out, gate and up, down
 HEAD = {"head": 1}  # and the sampler
@@ -36,13 +37,14 @@ def compile_steps(folder: str, options: dict, *programs: str) -> list[dict]:
 
 
 def test_steps(tmp_path):
-    """One row of a product is faster as a sum in XLA, and products of many are as fast there, but for gate and up."""
+    """One row of a product is faster as a sum in XLA, and products of many are as fast there, but for gate and up; of
+    a prompt's tokens few go through the last layer's down."""
     programs = ("decode-1", "decode-64", "prompt-512", "sample-1", "sample-64")
     lines = compile_steps(write_config(tmp_path, **SHAPE), {}, *programs)
     assert {line["program"]: line["kernels"] for line in lines} == {
-        "decode-1": DECODE | NORMS,
-        "decode-64": DECODE | NORMS | LINEAR,
-        "prompt-512": DECODE | NORMS | PROMPT | {"linear": LAYERS},
+        "decode-1": DECODE | MERGE | NORMS,
+        "decode-64": DECODE | MERGE | NORMS | LINEAR,
+        "prompt-512": DECODE | NORMS | PROMPT | {"linear": LAYERS + 1},
         "sample-1": HEAD,
         "sample-64": HEAD,
     }
@@ -60,7 +62,7 @@ def test_wide_layers_norm_and_add_on_their_way(tmp_path):
     found = kernels_of(write_config(tmp_path, **SHAPE | wide | {"head_dim": 128}), {}, "decode-64", "prompt-1024")
     assert found == {
         "decode-64": DECODE | LINEAR | {"add_rms_norm": 1},
-        "prompt-1024": DECODE | NORMS | PROMPT | {"linear": LAYERS},
+        "prompt-1024": DECODE | NORMS | PROMPT | {"linear": LAYERS + 1},
     }
 
 
@@ -74,5 +76,5 @@ def test_deterministic_steps_have_one_kernel_for_each_operation(tmp_path):
 def test_steps_over_eight_bits(tmp_path):
     found = kernels_of(write_config(tmp_path, **SHAPE), {"kv_cache_dtype": "int8"}, "decode-1", "prompt-512")
     expected = {"rotate_and_write": LAYERS, "decode_eight_bits": LAYERS, "decode_attention_merge": LAYERS} | NORMS
-    prompt = expected | PROMPT | {"linear": LAYERS}
+    prompt = expected | PROMPT | {"linear": LAYERS + 1}
     assert found == {"decode-1": expected, "prompt-512": prompt}
