@@ -129,8 +129,7 @@ class DeepSeek(llama.Llama):
 
     def decoder_layers(self) -> list[nn.Module]:
         assert self.config.experts is not None
-        layer = nn.jit(DecoderLayer)
-        return [layer(self.config, sparse, self.compute) for sparse in self.config.experts.layers]
+        return [DecoderLayer(self.config, sparse, self.compute) for sparse in self.config.experts.layers]
 
     def cache_shapes(self, num_blocks: int, block_size: int, dtype: Dtype) -> tuple[llama.Cache, ...]:
         """One pytree of jax.ShapeDtypeStruct a layer."""

@@ -4,7 +4,6 @@ vocabulary, R rows."""
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,9 +61,9 @@ class GPT2(llama.Llama):
         c = self.config
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.compute)
         self.position = Embedding(c.max_position_embeddings, c.hidden_size, self.compute)
-        layer, scale = nn.jit(DecoderLayer), c.attention_scale or c.head_dim**-0.5
+        scale = c.attention_scale or c.head_dim**-0.5
         scales = [scale / (i + 1 if c.scale_by_layer else 1) for i in range(c.num_layers)]
-        self.layers = [layer(c, scale, self.compute) for scale in scales]
+        self.layers = [DecoderLayer(c, scale, self.compute) for scale in scales]
         self.norm = LayerNorm(c.rms_norm_eps, self.compute.dtype)
         if not c.tie_word_embeddings:
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -71,12 +72,6 @@ class Layer(nn.Module):
     Families have layers with `attend` and `feed_forward`; their modules are made in `setup`, as both may need them.
     """
 
-    def __call__(
-        self, stream: Stream, rotary: Any, cache: Any, batch: AttentionBatch, following: Norm | None = None
-    ) -> tuple[Stream, Any]:
-        stream, cache = self.attend(stream, rotary, cache, batch)
-        return self.feed_forward(stream, batch.num_tokens, following), cache
-
     def attend(self, stream: Stream, rotary: Any, cache: Any, batch: AttentionBatch) -> tuple[Stream, Any]:
         """The stream [T, E] up to the feed-forward, and the cache."""
         raise NotImplementedError
@@ -85,6 +80,18 @@ class Layer(nn.Module):
         """The stream [any, E] behind the layer. num_tokens: int32[]; the rows behind them are padding. following: the
         norm that follows the layer, which may make it on its way."""
         raise NotImplementedError
+
+
+def lowered_once(layer: Layer, method: str, *args: Any) -> Any:
+    """The method's result; of layers that differ in nothing but their weights, it is traced and lowered once."""
+    if layer.is_initializing():
+        return getattr(layer, method)(*args)
+    return _apply(*layer.unbind(), method, *args)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _apply(layer: Layer, variables: Any, method: str, *args: Any) -> Any:
+    return layer.apply(variables, *args, method=method)
 
 
 class Linear(nn.Module):

@@ -43,6 +43,7 @@ from models.layers import (
     NormScale,
     Stream,
     begin_stream,
+    lowered_once,
     rotary_tables,
 )
 from models.parts import Part, Path
@@ -149,9 +150,7 @@ class Llama(nn.Module):
             self.head = Linear(c.vocab_size, self.compute, out_dtype=jnp.float32)
 
     def decoder_layers(self) -> list[nn.Module]:
-        """Under nn.jit layers that differ in weights alone are traced and lowered once, but for the last."""
-        layer = nn.jit(self.decoder_layer)
-        return [layer(self.config, window, self.compute) for window in self.config.sliding_windows]
+        return [self.decoder_layer(self.config, window, self.compute) for window in self.config.sliding_windows]
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, caches: tuple[Cache, ...], batch: AttentionBatch
@@ -179,15 +178,17 @@ class Llama(nn.Module):
         stream, written = begin_stream(self.embedded(tokens, positions)), []
         *before, (last, rotary, cache) = zip(self.layers, self.rotary(positions), caches, strict=True)
         for (layer, *inputs), following in zip(before, self._following_norms(), strict=False):
-            stream, new = layer(stream, *inputs, batch, *following)
+            stream, new = lowered_once(layer, "attend", stream, *inputs, batch)
+            stream = lowered_once(layer, "feed_forward", stream, batch.num_tokens, *following)
             written.append(new)
-        stream, new = last.attend(stream, rotary, cache, batch)
+        stream, new = lowered_once(last, "attend", stream, rotary, cache, batch)
         return stream, (*written, new)
 
     def from_last_attention(self, stream: Stream, num_tokens: jax.Array) -> jax.Array:
         """The second part, for the stream of some tokens [R, E], of which those from num_tokens on are padding: hidden
         states [R, E] after the final norm."""
-        return self.normed(self.layers[-1].feed_forward(stream, num_tokens, *self._following_norms()[-1]))
+        stream = lowered_once(self.layers[-1], "feed_forward", stream, num_tokens, *self._following_norms()[-1])
+        return self.normed(stream)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int32[T] each -> [T, E], what the layers begin with."""

@@ -31,7 +31,7 @@ class Mixtral(llama.Llama):
     def decoder_layers(self) -> list[nn.Module]:
         c = self.config
         assert c.experts is not None
-        kinds = {False: nn.jit(llama.DecoderLayer), True: nn.jit(SparseDecoderLayer)}
+        kinds = {False: llama.DecoderLayer, True: SparseDecoderLayer}
         return [
             kinds[sparse](c, window, self.compute)
             for sparse, window in zip(c.experts.layers, c.sliding_windows, strict=True)

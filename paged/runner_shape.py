@@ -6,8 +6,6 @@ from typing import Any
 from paged.packing import StepShape, at_least
 from paged.sampler import Variant
 
-LARGEST_CHAINED = 32  # sequences: with more, a step takes longer than its call
-
 
 @dataclass(frozen=True)
 class RunnerShape:
@@ -24,7 +22,8 @@ class RunnerShape:
     prompt_sizes: tuple[int, ...]  # buckets of T
     variants: tuple[Variant, ...]  # of the sampler, the cheapest first and "full" last
     cache_dtype: Any
-    chain: int = 1  # decode steps that one call may run, of batches so small that a call costs more than a step
+    chain: int = 1  # decode steps that one call may run, of batches so small that a call costs more than a step ...
+    largest_chained: int = 32  # ... the buckets of S up to this
 
     @property
     def steps(self) -> list[StepShape]:
@@ -55,4 +54,4 @@ class RunnerShape:
         """The steps that a call may run several of. Their sampler is "random"."""
         if self.chain == 1 or "random" not in self.variants:
             return []
-        return [StepShape(S, S, decode_only=True) for S in self.decode_sizes if S <= LARGEST_CHAINED]
+        return [StepShape(S, S, decode_only=True) for S in self.decode_sizes if self.largest_chained >= S]

@@ -45,7 +45,8 @@ class MachineDefaults(NamedTuple):
 # linear layers 96 in that of 128, and a head 1 row in that of 8, 16 in that of 32.
 ON_CPU, ON_TPU = (1, 4, 16, 64, 256, 1024), (16, 64, 256, 1024)
 ON_GPU = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
-WIDE_ON_GPU = 4096  # hidden width from which on one row has no bucket: its products are no faster than those of 8
+WIDE_ON_GPU = 4096  # hidden width from which on one row has no bucket, as its products are no faster than those of 8,
+# and steps of more than 8 sequences take so long that a call's cost is nothing
 SAMPLED_ON_GPU = (8, 32, 64, 128, 256, 512, 1024)
 DEFAULTS = {
     "cpu": MachineDefaults(16, 512, ON_CPU, ON_CPU, 32, 4, ("full",), 1, 16, 16),
@@ -196,6 +197,7 @@ def runner_shape(config: EngineConfig, checkpoint: Checkpoint, dtype: jnp.dtype,
         variants=defaults.variants,
         cache_dtype=cache_dtype,
         chain=defaults.chain,
+        largest_chained=8 if wide else 32,
     )
 
 
