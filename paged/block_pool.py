@@ -111,6 +111,10 @@ class BlockPool:
             if references == 0:
                 self._link(block)
 
+    def is_free(self, block: int) -> bool:
+        """Whether nobody holds it."""
+        return self._references[block] == 0
+
     def forget(self, blocks: Sequence[int]) -> None:
         """Takes used blocks out of the index, because what they hold cannot be relied on. Their holders keep them."""
         for block in blocks:

@@ -272,6 +272,7 @@ class Engine:
             token_id, previous_time = tokens[row], request.last_token_time
             if token_id < 0:
                 output.deltas += self._fail(request, "the model's logits are not numbers (NaN)")
+                self.runner.clear_blocks(self.scheduler.take_spoiled())
                 continue
             append_token(request, token_id, now)
             self._stats.num_generation_tokens += 1
@@ -323,6 +324,7 @@ class Engine:
         self._inflight = []
         self.scheduler.forget_computed()
         self.runner.reset_state()
+        self.scheduler.take_spoiled()  # all blocks are clear
         return output
 
     def _fail_all(self, plans: list[StepPlan], error: Exception) -> StepOutput:

@@ -165,6 +165,11 @@ def admit_program(block_tables: jax.Array, sampling: SlotState, packed: jax.Arra
     return block_tables.at[packed[:, 0]].set(tables), sampler.write_slots(sampling, scalars)
 
 
+def clear_program(caches: Any, blocks: jax.Array) -> Any:
+    """Zeros in these blocks, int32[any], of all layers."""
+    return jax.tree.map(lambda x: x.at[blocks].set(0), caches)
+
+
 def score_program(model: nn.Module, max_logprobs: int, params, unfinished: jax.Array, rows: jax.Array) -> SampleOutput:
     """unfinished: as in DeviceState; rows int32[2, R]: a row of it, and the token that follows that."""
     stream, count = begin_stream(unfinished[rows[0]]), jnp.int32(rows.shape[1])

@@ -20,6 +20,7 @@ from paged.programs import (
     StepRows,
     admit_program,
     chain_program,
+    clear_program,
     forward_program,
     sample_program,
     score_program,
@@ -35,6 +36,7 @@ LOOPS_IN_GRAPHS = {
 }
 ADMIT_ROWS = 8  # requests whose slots one call writes
 SCORE_ROWS = 64  # prompt positions whose logprobs one call computes
+CLEARED_BLOCKS = 64  # by one call
 
 
 class PackedStep(NamedTuple):
@@ -71,6 +73,7 @@ class Runner:
         self._admit: Any = None
         self._admit_full: Any = None
         self._score: Any = None
+        self._clear: Any = None
         self._ranks = variant_ranks(shape)
         mesh = model.compute.mesh
         self._everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -117,7 +120,7 @@ class Runner:
         self._samplings = {key: programs[sampling_name(*key)] for key in s.samplings}
         self._chains = {step: programs[self._in_pool(step, "chain")] for step in s.chained}
         self._admit, self._admit_full = programs[self._in_pool("admit")], programs["admit_full"]
-        self._score = programs["score"]
+        self._score, self._clear = programs["score"], programs[self._in_pool("clear")]
 
     def start(self, params: Any) -> None:
         """From now on it can execute."""
@@ -128,7 +131,11 @@ class Runner:
         """Of every program, by name; those that take long to compile come first."""
         s = self.shape
         chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
-        small = {self._in_pool("admit"): self._lower_admit, "admit_full": self._lower_admit_full}
+        small = {
+            self._in_pool("admit"): self._lower_admit,
+            "admit_full": self._lower_admit_full,
+            self._in_pool("clear"): self._lower_clear,
+        }
         return self.sampling_lowerings(s.samplings) | chains | self.forward_lowerings(s.steps[::-1]) | small
 
     def forward_lowerings(self, steps: Sequence[StepShape]) -> dict[str, Lowering]:
@@ -177,6 +184,11 @@ class Runner:
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), shapes)
         program = jax.jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere)
         return program.lower(self.state_shapes().sampling, self._shape(()), row)
+
+    def _lower_clear(self) -> jax.stages.Lowered:
+        caches = self.state_shapes().caches
+        program = jax.jit(clear_program, donate_argnums=0, out_shardings=_places(caches))
+        return program.lower(caches, self._shape((CLEARED_BLOCKS,)))
 
     def _lower_score(self) -> jax.stages.Lowered:
         program = jax.jit(partial(score_program, self.model, self.shape.max_logprobs), out_shardings=self._everywhere)
@@ -229,6 +241,13 @@ class Runner:
         self.state, tokens = self._chains[steps[0].shape](self.params, self.state, packed)
         tokens.copy_to_host_async()
         return StepHandle([step.plan for step in steps], SampleOutput(tokens), [])
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zeros in blocks that nobody holds."""
+        for first in range(0, len(blocks), CLEARED_BLOCKS):
+            ids = np.zeros(CLEARED_BLOCKS, np.int32)  # the padding block may be cleared too
+            ids[: len(blocks) - first] = blocks[first : first + CLEARED_BLOCKS]
+            self.state = self.state._replace(caches=self._clear(self.state.caches, self._send(ids)))
 
     def _bucket(self, plan: StepPlan) -> StepShape:
         if not plan.prefills:

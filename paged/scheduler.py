@@ -58,6 +58,7 @@ class Scheduler:
         self._by_priority = policy == "priority"
         self._waiting = RequestQueue(by_priority if self._by_priority else by_arrival)
         self._held_siblings: set[Request] = set()  # of leaders whose prompt is not computed yet
+        self._spoiled: list[int] = []  # see take_spoiled
         self._num_waiting_tokens = 0
         self._running: dict[Request, None] = {}  # in order of admission
         self._prefilling: set[Request] = set()  # of the running ones
@@ -366,9 +367,12 @@ class Scheduler:
         if request.status is RequestStatus.FINISHED:
             return
         if request.status is RequestStatus.RUNNING:
+            table = list(request.block_table)
             if reason == "error":
-                self.pool.forget(request.block_table)
+                self.pool.forget(table)
             self._vacate(request)
+            if reason == "error":
+                self._spoiled += [block for block in table if self.pool.is_free(block)]
         elif self._waiting.discard(request) or request in self._held_siblings:
             self._held_siblings.discard(request)
             self._num_waiting_tokens -= request.num_prompt_tokens
@@ -379,6 +383,12 @@ class Scheduler:
         for sibling in request.siblings:
             if sibling in self._held_siblings:
                 self.finish(sibling, reason, stop_reason)
+
+    def take_spoiled(self) -> list[int]:
+        """The blocks that requests have left with an error, each once, for somebody to clear before any step that is
+        planned from now on: what is behind a sequence's end counts for nothing, but 0 times NaN is NaN."""
+        spoiled, self._spoiled = self._spoiled, []
+        return spoiled
 
     def _vacate(self, request: Request) -> None:
         del self._running[request]

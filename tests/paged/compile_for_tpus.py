@@ -52,7 +52,7 @@ def runner_of(model: str, topology: str, shards: int, layers: int) -> Runner:
 
 
 def lowering(runner: Runner, name: str) -> Callable[[], jax.stages.Lowered]:
-    """name: decode or prompt, the layers of a step; sample and a sampler's variant; admit; admit_full; score."""
+    """name: decode or prompt, the layers of a step; sample and a sampler's variant; admit; admit_full; score; clear."""
     kind, _, variant = name.partition(":")
     if kind == "sample":
         return partial(runner.lower_sampling, S, variant)

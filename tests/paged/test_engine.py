@@ -2,6 +2,7 @@
 
 import random
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -306,3 +307,25 @@ def test_kernels_that_do_not_compile_are_replaced(tmp_path, auto_is_hopper, capl
     replaced.close()
     with pytest.raises(ValueError, match="on CPU backend"):  # whoever names a kernel gets the compiler's own error
         make_engine(wide, attention_backend="mosaic_gpu", **options)
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_a_request_of_nans_fails_alone(folder, enable_prefix_caching):
+    """Who is beside it, shares the healthy blocks before its NaN, or is given its blocks later, is as without it."""
+    options = {"num_gpu_blocks_override": 33, "enable_prefix_caching": enable_prefix_caching}
+    engine, params = make_engine(folder, **options), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    shared = list(range(20, 45))
+    good = {"shares": (shared, params), "short": ([5, 6, 7], params)}
+    expected = {i: tokens(deltas) for i, deltas in run(engine, good).items()}
+    model = engine.runner.params["params"]
+    embedding = model["embed"]["embedding"].at[13].set(jnp.nan)
+    engine.runner.params = {"params": model | {"embed": {"embedding": embedding}}}
+    for _ in range(3):
+        bad = {f"bad {i}": ([*shared, *[13] * (60 * i + 1)], params) for i in range(2)}
+        found = run(engine, bad | good)
+        assert {i: tokens(found[i]) for i in good} == expected
+        assert all("NaN" in found[i][-1].error and not tokens(found[i]) for i in bad)
+        alone = run(engine, {"later": (shared, params)})
+        assert tokens(alone["later"]) == expected["shares"]
+    engine.scheduler.pool.check()
+    engine.close()

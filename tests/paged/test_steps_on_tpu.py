@@ -14,7 +14,7 @@ from tests.kernels.tpu.compile_for_tpu import ENVIRONMENT
 pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="needs libtpu")
 LAYERS = 2  # the others are the same program again
 STEPS = ["decode", "prompt", "sample:greedy"]
-ALL = [*STEPS, "sample:random", "sample:full", "admit", "admit_full", "score"]
+ALL = [*STEPS, "sample:random", "sample:full", "admit", "admit_full", "score", "clear"]
 TOPOLOGIES = {
     "v5e": [("v5e:1x1", 1), ("v5e:2x2", 4), ("v5e:2x4", 8)],
     "v6e": [("v6e:1x1", 1), ("v6e:2x2", 4), ("v6e:2x4", 8)],
