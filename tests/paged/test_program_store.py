@@ -33,7 +33,7 @@ def test_a_warm_start(tmp_path, caplog):
     assert compiled > 0
     assert start(folder, tmp_path / "cache", caplog) == (cold, 0)
     for_another_pool = start(folder, tmp_path / "cache", caplog, num_gpu_blocks_override=81)[1]
-    assert for_another_pool == 5 < compiled  # the layers of three steps, what writes block tables and what clears blocks
+    assert for_another_pool == 5 < compiled  # layers of three steps, what writes block tables, and clears
     files = list((tmp_path / "cache").rglob("decode-*"))
     for path in files:
         path.write_bytes(path.read_bytes()[:100])
