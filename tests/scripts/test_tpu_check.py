@@ -121,4 +121,4 @@ def test_a_start_compiles_few_programs() -> None:
     runner, _ = make_runner(CheckArgs(model="configs/llama-3.1-8b"), CacheArgs(), SchedulerArgs(), devices)
     probe = Probe(runner.model, runner.params, runner.shape)
     assert len(runner.forward_lowerings(runner.shape.steps)) == 6
-    assert len(runner.lowerings() | probe.lowerings) == 14
+    assert len(runner.lowerings() | probe.lowerings) == 15
