@@ -116,7 +116,7 @@ ENTRY %main (p: bf16[64,64], q: bf16[64,64], t: bf16[1000,64], i: s32[8], c: bf1
 
 @needs_libtpu
 def test_a_start_compiles_few_programs() -> None:
-    """The layers of six steps, three samplers, the three small ones, and the two that the pool is sized by."""
+    """The layers of six steps, three samplers, the four small ones, and the two that the pool is sized by."""
     _, devices = topology_devices("v6e:1x1")
     runner, _ = make_runner(CheckArgs(model="configs/llama-3.1-8b"), CacheArgs(), SchedulerArgs(), devices)
     probe = Probe(runner.model, runner.params, runner.shape)
