@@ -367,7 +367,7 @@ class Scheduler:
         if request.status is RequestStatus.FINISHED:
             return
         if request.status is RequestStatus.RUNNING:
-            table = list(request.block_table)
+            table = request.block_table
             if reason == "error":
                 self.pool.forget(table)
             self._vacate(request)

@@ -11,7 +11,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref
 
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+from kernels_pallas.gpu.rows import SCALAR
 
 
 def add_to(count, told, value):
@@ -23,8 +23,8 @@ def add_to(count, told, value):
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR),
     )
     def add(_, count, told, value):
         i32, first = ir.IntegerType.get_signless(32), [mgpu.c(0, ir.IndexType.get())]

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.attention import new_arrivals
 from kernels_pallas.gpu.arrivals import add_to
 from kernels_pallas.gpu.decode_inputs import Projected, Queries, empty, whole
 from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
@@ -121,7 +122,7 @@ def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, arrivals, G,
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in parts]
     result = jax.ShapeDtypeStruct((S, K, stored * D), dtype)
     if in_runs and arrivals is None:
-        arrivals = jax.new_ref(jnp.zeros((S, K), jnp.int32))
+        arrivals = new_arrivals(S, K, backend="mosaic_gpu")
     *found, out = plgpu.kernel(
         partial(_attend, make_inputs=make_inputs, G=G, config=config, logits=logits),
         out_type=(*shapes, (result,) if in_runs else ()),

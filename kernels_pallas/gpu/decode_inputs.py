@@ -2,7 +2,6 @@
 key and value."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +16,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from kernels_pallas.gpu.decode_work import Item
-from kernels_pallas.gpu.heads import halves_layout, halves_shape, normed, of_q_or_k, turn
-from kernels_pallas.gpu.rows import ROWS, TILED, block_at, bytes_of, load, load_rows, store, sync_warpgroup
+from kernels_pallas.gpu.heads import halves_layout, halves_of, halves_shape, rotated
+from kernels_pallas.gpu.rows import ROWS, SCALAR, TILED, block_at, bytes_of, load_rows, store, sync_warpgroup
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,7 @@ class Projected:
         block."""
         G, dtype, D = self.G, self.tile.dtype, self.tile.shape[1]
         shape, layout = halves_shape(D), halves_layout(D)
-        halves = [pl.ds(i * D // 2, D // 2) for i in range(2)]
-
-        def spread(x, axis):
-            return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
+        halves = halves_of(D)
 
         def rows_of(half):
             parts = [self.parts.at[i, item.seq, :, half] for i in range(self.parts.shape[0])]
@@ -109,14 +105,9 @@ class Projected:
             return sum(found[1:], start=found[0]).astype(dtype)
 
         old = [rows_of(half) for half in halves]
-        c, s = (spread(load(table.at[item.seq], shape[1:], layout.reduce(0)), 1) for table in self.rotary)
-        x, y = (half.astype(jnp.float32) for half in old)
-        if self.norms:
-            of_q, of_k = self.norms
-            weights = [of_q_or_k(of_q.at[half], of_k.at[half], G - first, shape, layout) for half in halves]
-            x, y = normed(x, y, weights, self.epsilon, self.offset, dtype, spread=partial(spread, axis=0))
+        tables = [table.at[item.seq] for table in self.rotary]
+        turned = rotated(old, tables, self.norms, G - first, self.epsilon, self.offset)
         is_turned = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) <= G
-        turned = [half.astype(dtype) for half in turn(x, y, c, s)]
         new = [jnp.where(is_turned, *pair) for pair in zip(turned, old, strict=True)]
         _store_in_tile(self.tile, first, new, layout)
         to = lax.rem(item.length - 1, jnp.int32(self.cache[0].shape[2]))
@@ -153,7 +144,7 @@ def _load_heads(ref, head, G: int, first: int, shape, layout) -> jax.Array:
     K = ref.shape[0] // (G + 2)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        arg_types=(plgpu.RefType(), SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
     )
     def load_registers(_, ref, head):

@@ -25,7 +25,6 @@ from kernels_pallas.quantize import LARGEST
 
 TILE = 64  # cached tokens multiplied at a time: wgmma's rows, and its columns
 _SCALES = 32  # copied at least: the copy engine moves multiples of 128 bytes
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 _LAYOUT = plgpu.Layout.WGMMA
 
 

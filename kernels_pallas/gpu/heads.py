@@ -4,6 +4,7 @@ A thread has 4 neighbours of a head's first half and the 4 of the second that th
 each in heads of 256), so that it moves vectors and a head's sums stay within a warp.
 """
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import FragmentedArray
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from kernels_pallas.gpu.rows import WARPGROUP
+from kernels_pallas.gpu.rows import SCALAR, WARPGROUP, load
 
 
 def _threads(D: int) -> int:
@@ -32,27 +33,47 @@ def halves_layout(D: int):
     return plgpu.Layout.TILED(tiles, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def normed(x, y, weights, epsilon, offset, dtype, spread):
-    """The halves of heads, float32[heads, D / 2] each, after a norm with `offset` + weights of the same shape, rounded
-    to dtype. spread: from [heads] to the halves' shape."""
-    D = 2 * x.shape[1]
-    inverse = spread(lax.rsqrt((x * x + y * y).sum(axis=1) * (1 / D) + epsilon))
-    scales = [weight.astype(jnp.float32) + offset for weight in weights]
-    return [
-        (half * inverse * scale).astype(dtype).astype(jnp.float32) for half, scale in zip((x, y), scales, strict=True)
-    ]
+def halves_of(D: int) -> list:
+    """Their columns in a head."""
+    return [pl.ds(i * D // 2, D // 2) for i in range(2)]
 
 
-def turn(x, y, cos, sin):
-    """The rotary embedding of heads' halves."""
-    return x * cos - y * sin, y * cos + x * sin
+def spread(x, axis: int, D: int):
+    """x, along `axis` of halves, as halves that are the same along the other."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, halves_shape(D), [axis]), halves_layout(D))
 
 
-def of_q_or_k(of_q, of_k, queries, shape, layout):
+def rotated(old, tables, norms, queries, epsilon: float, offset: float) -> list:
+    """The halves `old` of some heads of one token after q/k norm and rotary embedding, of old's dtype.
+
+    Args:
+      tables: cos and sin, float32[D / 2] in device memory.
+      norms: [D] each in device memory, of queries and keys, to which `offset` is added, or empty: no norms.
+      queries: so many of the heads, from the first on, are queries.
+      epsilon: of the norms.
+    """
+    shape, dtype = old[0].shape, old[0].dtype
+    D = 2 * shape[1]
+    layout = halves_layout(D)
+    cos, sin = (spread(load(table, shape[1:], layout.reduce(0)), 1, D) for table in tables)
+    x, y = (half.astype(jnp.float32) for half in old)
+    if norms:
+        of_q, of_k = norms
+        weights = [_of_q_or_k(of_q.at[half], of_k.at[half], queries, shape, layout) for half in halves_of(D)]
+        inverse = spread(lax.rsqrt((x * x + y * y).sum(axis=1) * (1 / D) + epsilon), 0, D)
+        scales = [weight.astype(jnp.float32) + offset for weight in weights]
+        x, y = (
+            (half * inverse * scale).astype(dtype).astype(jnp.float32)
+            for half, scale in zip((x, y), scales, strict=True)
+        )
+    return [half.astype(dtype) for half in (x * cos - y * sin, y * cos + x * sin)]
+
+
+def _of_q_or_k(of_q, of_k, queries, shape, layout):
     """of_q [D / 2] in the first `queries` rows of what has this shape and layout, of_k in the others."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        arg_types=(plgpu.RefType(), plgpu.RefType(), SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, of_q.dtype, layout=layout),
     )
     def load_registers(_, of_q, of_k, queries):

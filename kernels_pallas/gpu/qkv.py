@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.heads import halves_layout, halves_shape, normed, of_q_or_k, turn
+from kernels_pallas.gpu.heads import halves_layout, halves_of, halves_shape, rotated, spread
 from kernels_pallas.gpu.rows import PARAMS, load, store
 from kernels_pallas.quantize import rounded, scales_of
 
@@ -51,14 +51,11 @@ def _rotate(parts, cos, sin, q_norm, k_norm, block, offset, cache, q, *, epsilon
     keys, values, *scales = cache
     K, layout, shape = keys.shape[1], halves_layout(D), halves_shape(D)
     token, first = lax.axis_index("token"), lax.axis_index("tile") * shape[0]
-    halves = [pl.ds(i * D // 2, D // 2) for i in range(2)]
+    halves = halves_of(D)
 
     def heads_of(half):
         found = [load(parts.at[i, token, :, half], shape, layout, heads, first) for i in range(len(parts))]
         return sum(found[1:], start=found[0]).astype(dtype)
-
-    def spread(x, axis):
-        return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, [axis]), layout)
 
     def put(ref, x, start):
         """The heads from `start` on, as many as ref has."""
@@ -66,19 +63,15 @@ def _rotate(parts, cos, sin, q_norm, k_norm, block, offset, cache, q, *, epsilon
         store(ref, x, start - first, start - first + ref.shape[0], of, first - start)
 
     old = [heads_of(half) for half in halves]
-    c, s = (spread(load(table.at[token], shape[1:], layout.reduce(0)), 1) for table in (cos, sin))
     place = block[token], slice(None), offset[token]
-    x, y = (half.astype(jnp.float32) for half in old)
-    if norm_offset is not None:
-        weights = [of_q_or_k(q_norm.at[half], k_norm.at[half], H - first, shape, layout) for half in halves]
-        x, y = normed(x, y, weights, epsilon, norm_offset, dtype, spread=partial(spread, axis=0))
-    turned = [half.astype(dtype) for half in turn(x, y, c, s)]
+    norms = () if norm_offset is None else (q_norm, k_norm)
+    turned = rotated(old, (cos.at[token], sin.at[token]), norms, H - first, epsilon, norm_offset)
     new_keys, new_values = turned, old
     if scales:
         is_turned = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) < H + K
         new = [jnp.where(is_turned, *pair).astype(jnp.float32) for pair in zip(turned, old, strict=True)]
         of_heads = scales_of(jnp.maximum(*map(jnp.abs, new)).max(axis=1), keys.dtype)
-        new_keys = new_values = [rounded(half, spread(of_heads, 0), keys.dtype) for half in new]
+        new_keys = new_values = [rounded(half, spread(of_heads, 0, D), keys.dtype) for half in new]
         for ref, start in zip(scales, (H, H + K), strict=True):
             put(ref.at[place], of_heads, start)
     for i, half in enumerate(halves):

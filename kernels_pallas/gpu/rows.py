@@ -27,7 +27,7 @@ TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: i
 PARAMS = plgpu.CompilerParams(
     approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
-_SCALAR = plgpu.Layout.WG_SPLAT(())
+SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def num_sms() -> int:
@@ -81,7 +81,7 @@ def load(ref, shape, layout, count=None, first=0) -> jax.Array:
     where that comes before (row 0, if there is none)."""
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SCALAR, _SCALAR),
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
     )
     def load_registers(_, ref, count_, first):
@@ -102,7 +102,7 @@ def store(ref, x, start, stop, layout, shift=0) -> None:
     """Rows `start` to `stop` - 1 of x, in a tiled layout, go to ref's rows that are `shift` further."""
     flat = len(ref.shape) < x.ndim
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, _SCALAR, _SCALAR, _SCALAR))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, SCALAR, SCALAR, SCALAR))
     def store_registers(_, ref, x, *bounds):
         index = ir.IndexType.get()
         first, end, shift = (arith.index_cast(index, bound.registers.item()) for bound in bounds)

@@ -35,8 +35,7 @@ def lowered(config: ModelConfig) -> str:
 
 
 def test_layers_are_lowered_once_for_each_kind() -> None:
-    """A function for each kind of layer, called once a layer: the number of dots does not grow
-    with the depth."""
+    """A function for each kind of layer, called once a layer: the number of dots does not grow with the depth."""
     dots = lowered(CONFIG).count("stablehlo.dot_general")
     shallow = ModelConfig(**{**CONFIG.__dict__, "num_layers": 2, "sliding_windows": (None, 16)})
     assert dots == lowered(shallow).count("stablehlo.dot_general")
