@@ -68,6 +68,12 @@ def reserved_fraction() -> float:
     return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
 
 
+def unreserved_memory(device: jax.Device) -> int:
+    """Bytes of a GPU beside what JAX's allocator may take."""
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    return int(limit / reserved_fraction()) - limit
+
+
 def reserve_device_memory(utilization: float) -> None:
     """Lets JAX's GPU allocator take `utilization` of the device. It reads this once, when the backend starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(utilization))
@@ -114,8 +120,8 @@ def size_pool(model: Any, params: Any, shape: RunnerShape, args: CacheArgs, comp
         budget = min(CPU_CACHE_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
         probe = Probe(model, params, shape)
-        compiler.start(probe.lowerings)
-        compiler.trace(probe.runner.sampling_lowerings(shape.samplings))  # meanwhile: no pool changes them
+        compiler.start(probe.lowerings, probe.runner.shape)
+        compiler.prepare(probe.runner.sampling_lowerings(shape.samplings), shape)  # meanwhile: no pool changes them
         budget = limit - tree_bytes(params) - probe.activation_bytes(compiler)
     return min(round_down(max(0, budget // per_block)), useful)
 
@@ -133,16 +139,16 @@ class Probe:
 
     def __init__(self, model: Any, params: Any, shape: RunnerShape):
         self.runner = Runner(model, params, replace(shape, num_blocks=PROVISIONAL_BLOCKS))
-        self._forwards = self.runner.forward_lowerings(shape.largest_steps)
-        self._samplings = self.runner.sampling_lowerings([shape.largest_sampling])
+        self._forwards = self.runner.forward_lowerings(shape.largest_steps[::-1])
+        self._samplings = self.runner.sampling_lowerings([shape.largest_sampling]) | self.runner.score_lowering()
 
     @property
     def lowerings(self) -> dict[str, Lowering]:
-        return self._samplings | self._forwards
+        return self._forwards | self._samplings
 
     def activation_bytes(self, compiler: Compiler) -> int:
         """All that a device has to hold beside weights and cache."""
-        compiler.start(self.lowerings)
+        compiler.start(self.lowerings, self.runner.shape)
         needed = most_bytes(compiler.get(self._forwards).values(), compiler.get(self._samplings).values())
         state = self.runner.state_shapes()
         return needed + tree_bytes(state) - tree_bytes(state.caches)

@@ -2,8 +2,8 @@
 
 JAX's own compilation cache is looked up with the lowered program, and tracing and lowering a model takes longer than
 loading what comes of it. Here the key is everything that a program is made from: the sources, the versions, the
-compilers' flags, the devices and the sizes. Where JAX's is on, it is used instead: on CPUs a program that came out of
-it cannot be stored again (jax 0.11.2: it loads, and fails when it is called).
+compilers' flags, JAX's options, the devices and the sizes. Where JAX's is on, it is used instead: on CPUs a program
+that came out of it cannot be stored again (jax 0.11.2: it loads, and fails when it is called).
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class ProgramStore:
             return cls(None, tuple(devices))
         digest = hashlib.sha256(source_digest())
         machine = (jax.__version__, jax.lib.__version__, devices[0].client.platform_version, devices)
-        flags = [os.environ.get(name) for name in COMPILER_FLAGS]
+        flags = [os.environ.get(name) for name in COMPILER_FLAGS], sorted(jax.config.values.items())
         digest.update(repr((machine, flags, made_from)).encode())
         return cls(Path(cache_dir).expanduser() / digest.hexdigest()[:32], tuple(devices))
 

@@ -1,6 +1,6 @@
 """Runs steps on the device: holds the weights and the device state, the compiled programs, and no policy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,9 @@ from paged.request import Request
 from paged.runner_shape import RunnerShape
 from paged.sampler import VARIANTS, SampleOutput, Variant
 
+# A product that has no kernel of ours is cuBLAS's, in the form that it takes for the fastest. XLA would compile many
+# forms of each and choose by time, which takes long, needs the device, and ends not the same at every start.
+ON_HOPPER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
 # What XLA puts into CUDA graphs by itself, and loops. Outside, the host waits in each turn to be told whether there is
 # another, after all that was dispatched before, and dispatches nothing meanwhile.
 LOOPS_IN_GRAPHS = {
@@ -114,7 +117,7 @@ class Runner:
         """Compiles everything that serving will ever call."""
         s = self.shape
         names = self.lowerings()
-        compiler.start(names)
+        compiler.start(names, s)
         programs = compiler.get(names)
         self._forwards = {step: programs[self.forward_name(step)] for step in s.steps}
         self._samplings = {key: programs[sampling_name(*key)] for key in s.samplings}
@@ -130,21 +133,25 @@ class Runner:
     def lowerings(self) -> dict[str, Lowering]:
         """Of every program, by name; those that take long to compile come first."""
         s = self.shape
-        chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
+        samplings = self.sampling_lowerings(s.samplings) | self.score_lowering()
         small = {
             self._in_pool("admit"): self._lower_admit,
             "admit_full": self._lower_admit_full,
             self._in_pool("clear"): self._lower_clear,
         }
-        return self.sampling_lowerings(s.samplings) | chains | self.forward_lowerings(s.steps[::-1]) | small
+        chains = {self._in_pool(step, "chain"): partial(self.lower_chain, step) for step in s.chained}
+        return samplings | chains | self.forward_lowerings(s.steps[::-1]) | small
 
     def forward_lowerings(self, steps: Sequence[StepShape]) -> dict[str, Lowering]:
         return {self.forward_name(step): partial(self.lower_forward, step) for step in steps}
 
     def sampling_lowerings(self, samplings: Sequence[tuple[int, Variant]]) -> dict[str, Lowering]:
-        """Of a step's tokens, and of prompt logprobs: they do not depend on the pool's size."""
-        lowerings = {sampling_name(*key): partial(self.lower_sampling, *key) for key in samplings}
-        return lowerings | {"score": self._lower_score}
+        """Of a step's tokens: they do not depend on the pool's size."""
+        return {sampling_name(*key): partial(self.lower_sampling, *key) for key in samplings}
+
+    def score_lowering(self) -> dict[str, Lowering]:
+        """Of prompt logprobs: it does not either."""
+        return {"score": self._lower_score}
 
     def forward_name(self, step: StepShape) -> str:
         return self._in_pool(step)
@@ -157,42 +164,47 @@ class Runner:
         state, everywhere = self.state_shapes(), self._everywhere
         placed = _places(state.caches), everywhere, everywhere, everywhere
         program = partial(forward_program, self.model, self.shape, step)
-        lower = jax.jit(program, donate_argnums=(1, 2, 3, 4), out_shardings=placed).lower
+        lower = self._jit(program, donate_argnums=(1, 2, 3, 4), out_shardings=placed).lower
         return lower(_shapes(self.params), *state[:5], self._shape((step.packed_size,)))
 
     def lower_sampling(self, S: int, variant: Variant) -> jax.stages.Lowered:
         program = partial(sample_program, self.model, self.shape, variant, S)
-        in_graphs = self.model.compute.attention_backend == "mosaic_gpu" and variant in ("filtered", "full")
-        options = LOOPS_IN_GRAPHS if in_graphs else None
-        jitted = jax.jit(program, donate_argnums=(2, 3), out_shardings=self._everywhere, compiler_options=options)
+        options = LOOPS_IN_GRAPHS if variant in ("filtered", "full") else {}
+        jitted = self._jit(program, options, donate_argnums=(2, 3), out_shardings=self._everywhere)
         return jitted.lower(_shapes(self._head), *self.state_shapes()[3:])
 
     def lower_chain(self, step: StepShape) -> jax.stages.Lowered:
         state, packed = self.state_shapes(), self._shape((self.shape.chain, step.packed_size))
         program = partial(chain_program, self.model, self.shape, step)
-        lower = jax.jit(program, donate_argnums=1, out_shardings=(_places(state), self._everywhere)).lower
+        lower = self._jit(program, donate_argnums=1, out_shardings=(_places(state), self._everywhere)).lower
         return lower(_shapes(self.params), state, packed)
 
     def _lower_admit(self) -> jax.stages.Lowered:
         state = self.state_shapes()
         packed = self._shape((ADMIT_ROWS, sampler.PACKED_WIDTH + self.shape.blocks_per_seq))
-        program = jax.jit(admit_program, donate_argnums=(0, 1), out_shardings=self._everywhere)
+        program = self._jit(admit_program, donate_argnums=(0, 1), out_shardings=self._everywhere)
         return program.lower(state.block_tables, state.sampling, packed)
 
     def _lower_admit_full(self) -> jax.stages.Lowered:
         shapes = sampler.full_row_shapes(self.shape.vocab_size)
         row = jax.tree.map(lambda x: self._shape(x.shape, x.dtype), shapes)
-        program = jax.jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere)
+        program = self._jit(sampler.write_full_slot, donate_argnums=0, out_shardings=self._everywhere)
         return program.lower(self.state_shapes().sampling, self._shape(()), row)
 
     def _lower_clear(self) -> jax.stages.Lowered:
         caches = self.state_shapes().caches
-        program = jax.jit(clear_program, donate_argnums=0, out_shardings=_places(caches))
+        program = self._jit(clear_program, donate_argnums=0, out_shardings=_places(caches))
         return program.lower(caches, self._shape((CLEARED_BLOCKS,)))
 
     def _lower_score(self) -> jax.stages.Lowered:
-        program = jax.jit(partial(score_program, self.model, self.shape.max_logprobs), out_shardings=self._everywhere)
+        score = partial(score_program, self.model, self.shape.max_logprobs)
+        program = self._jit(score, out_shardings=self._everywhere)
         return program.lower(_shapes(self.params), self.state_shapes().unfinished, self._shape((2, SCORE_ROWS)))
+
+    def _jit(self, program: Callable, options: Mapping[str, Any] | None = None, **how: Any) -> Any:
+        """jax.jit as `how` says; `options` are for the compiler where kernels are Mosaic GPU's."""
+        of_kernels = self.model.compute.attention_backend == "mosaic_gpu"
+        return jax.jit(program, compiler_options=ON_HOPPER | dict(options or {}) if of_kernels else None, **how)
 
     @property
     def compiled(self) -> tuple[list[Any], list[Any]]:

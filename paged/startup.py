@@ -1,6 +1,7 @@
 """From a configuration to an engine that is ready to serve: weights, sizes, pool, programs, in this order."""
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 
 from kernels_pallas import UnsupportedShapeError, attention_backend, is_quantized, lowering
 from models import Checkpoint, build_model, make_mesh, open_checkpoint, param_shapes
+from paged.compile_process import compile_processes
 from paged.compiler import Compiler
 from paged.config import EngineConfig, ModelArgs
 from paged.errors import InvalidRequestError
-from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool
+from paged.memory import MemoryLedger, ledger, reserve_device_memory, size_pool, unreserved_memory
 from paged.packing import buckets
 from paged.program_store import ProgramStore
 from paged.runner import Runner
@@ -48,6 +50,8 @@ ON_GPU = (1, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 WIDE_ON_GPU = 4096  # hidden width from which on one row has no bucket, as its products are no faster than those of 8,
 # and steps of more than 8 sequences take so long that a call's cost is nothing
 SAMPLED_ON_GPU = (8, 32, 64, 128, 256, 512, 1024)
+MOST_PROCESSES, CORES_A_PROCESS = 6, 2  # that compile
+CONTEXT_BYTES = 1 << 30  # of a GPU's memory for each of them, more than was measured (0.54 GiB on an H100)
 DEFAULTS = {
     "cpu": MachineDefaults(16, 512, ON_CPU, ON_CPU, 32, 4, ("full",), 1, 16, 16),
     "gpu": MachineDefaults(256, 8192, ON_GPU, SAMPLED_ON_GPU, 256, 2, VARIANTS, 4, 16, 64),
@@ -134,7 +138,12 @@ def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any) ->
     shape = runner_shape(config, checkpoint, model.compute.dtype, jax.default_backend())
     store = program_store(config.runner.compilation_cache_dir, model, params, shape)
     try:
-        with lowering(model.compute.attention_backend), Compiler(store) as compiler:
+        count = num_compile_processes(model, store)
+        with (
+            lowering(model.compute.attention_backend),
+            compile_processes(count, model, store) as processes,
+            Compiler(store, processes) as compiler,
+        ):
             num_blocks = size_pool(model, params, shape, config.cache, compiler)
             shape, max_model_len = fit_context(config, checkpoint, shape, num_blocks)
             runner = Runner(model, params, shape)
@@ -143,6 +152,14 @@ def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any) ->
     except UnsupportedShapeError as e:
         raise InvalidRequestError(str(e)) from e
     return runner, max_model_len
+
+
+def num_compile_processes(model: Any, store: ProgramStore) -> int:
+    """Beside this one. What they compile is handed over in the store, and each has the device's context in memory."""
+    if jax.default_backend() != "gpu" or model.compute.shards > 1 or store.directory is None:
+        return 0
+    contexts = unreserved_memory(jax.devices()[0]) // CONTEXT_BYTES
+    return max(0, min(MOST_PROCESSES - 1, (os.cpu_count() or 1) // CORES_A_PROCESS - 1, contexts))
 
 
 def program_store(cache_dir: str | None, model: Any, params: Any, shape: RunnerShape) -> ProgramStore:

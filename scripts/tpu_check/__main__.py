@@ -71,7 +71,7 @@ def run(check: CheckArgs, cache: CacheArgs, scheduler: SchedulerArgs) -> int:
         Report("tpu_check", about).add({"memory": "FAIL"}, {"memory": {"weights": weights, "error": error}})
         return 1
     runner = Runner(runner.model, runner.params, replace(runner.shape, num_blocks=num_blocks))
-    lowerings = runner.forward_lowerings(steps) | runner.sampling_lowerings(samplings)
+    lowerings = runner.forward_lowerings(steps) | runner.sampling_lowerings(samplings) | runner.score_lowering()
     if not check.largest_only:
         lowerings |= runner.lowerings()
     programs, failed = compile_programs(runner, lowerings, chip, about)

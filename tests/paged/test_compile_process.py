@@ -1,0 +1,129 @@
+"""Programs that other processes compile are those that this one would have, and none is missed when they fail."""
+
+import logging
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models import build_model, make_mesh, open_checkpoint, param_shapes
+from paged import SamplingParams, startup
+from paged.compile_process import CompileProcess, compile_processes
+from paged.compiler import Compiler
+from paged.config import EngineConfig
+from paged.program_store import ProgramStore
+from paged.runner import Runner
+from paged.startup import runner_shape
+from tests.paged.tiny import SMALL, make_engine, run, tokens, write_config
+
+ASKED = {"a": ([1, 2, 3], SamplingParams(seed=1, max_tokens=9)), "b": ([4] * 20, SamplingParams(logprobs=2, seed=2))}
+
+
+def start(folder, cache, processes, monkeypatch, caplog):
+    """The tokens of ASKED, and how many programs were compiled."""
+    monkeypatch.setattr(startup, "num_compile_processes", lambda model, store: processes)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "paged"):
+        engine = make_engine(folder, compilation_cache_dir=str(cache))
+    results = run(engine, ASKED)
+    engine.close()
+    [compiled] = [record.args[-1] for record in caplog.records if record.name == "paged.compiler"]
+    return [tokens(results[name]) for name in ASKED], compiled
+
+
+@pytest.fixture
+def futures(monkeypatch):
+    """Of what is asked of processes, by name."""
+    asked, compile_there = {}, CompileProcess.compile
+
+    def compile_and_tell(self, shape, names):
+        answers = compile_there(self, shape, names)
+        asked.update(answers)
+        return answers
+
+    monkeypatch.setattr(CompileProcess, "compile", compile_and_tell)
+    return asked
+
+
+def test_an_engine_whose_programs_others_compile(tmp_path, monkeypatch, caplog, futures):
+    folder = write_config(tmp_path)
+    alone, compiled = start(folder, tmp_path / "alone", 0, monkeypatch, caplog)
+    assert start(folder, tmp_path / "together", 2, monkeypatch, caplog) == (alone, compiled)
+    assert len(futures) == compiled * 2 // 3 and all(future.result() for future in futures.values())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    futures.clear()
+    assert start(folder, tmp_path / "together", 2, monkeypatch, caplog) == (alone, 0) and not futures
+
+
+@pytest.mark.parametrize("python", [shutil.which("false"), "/no/such/python"])
+def test_processes_that_die_or_cannot_begin(python, tmp_path, monkeypatch, caplog):
+    folder = write_config(tmp_path)
+    alone = start(folder, tmp_path / "alone", 0, monkeypatch, caplog)
+    monkeypatch.setattr(sys, "executable", python)
+    assert start(folder, tmp_path / "cache", 2, monkeypatch, caplog) == alone
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 2 and all("they are compiled here" in text for text in warnings)
+
+
+@pytest.fixture
+def runner(tmp_path):
+    options = SMALL | {"model": write_config(tmp_path), "load_format": "dummy", "skip_tokenizer_init": True}
+    config = EngineConfig.from_kwargs(**options)
+    checkpoint = open_checkpoint(config.model.model, load_format="dummy", skip_tokenizer=True)
+    dtype = jnp.dtype("bfloat16")  # float32 says itself how precise its products are
+    model = build_model(checkpoint.config, dtype=dtype, mesh=make_mesh(1))
+    return Runner(model, param_shapes(model), runner_shape(config, checkpoint, dtype, "cpu"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ProgramStore(tmp_path / "store", (jax.devices()[0],))
+
+
+def test_what_a_process_cannot_make(runner, store):
+    """It answers, and goes on."""
+    name = next(iter(runner.score_lowering()))
+    with compile_processes(1, runner.model, store) as [process]:
+        futures = process.compile(runner.shape, ["no such program", name])
+        assert futures["no such program"].result(60) is None
+        assert futures[name].result(60) is not None
+        assert process.compile(runner.shape, ["nor this"])["nor this"].result(60) is None
+
+
+def test_a_failure_is_found_by_who_asked(runner, store):
+    """Another process that cannot trace a program leaves it to this one, whose error is the one that is seen."""
+
+    def fails():
+        raise ValueError("as here")
+
+    with compile_processes(1, runner.model, store) as processes, Compiler(store, processes) as compiler:
+        compiler.prepare({"no such program": fails}, runner.shape)
+        with pytest.raises(ValueError, match="as here"):
+            compiler.get(["no such program"])
+
+
+def test_options_of_jax_are_the_same_there(runner, store):
+    [(name, lower)] = runner.score_lowering().items()
+    with jax.default_matmul_precision("default"):
+        usual = lower().compile().as_text()
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        with compile_processes(1, runner.model, store) as [process]:
+            elsewhere = process.compile(runner.shape, [name])[name].result(60).as_text()
+        here = lower().compile().as_text()
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert elsewhere.count("highest") == here.count("highest") > usual.count("highest")
+
+
+def test_none_is_left_running(runner, store):
+    process = CompileProcess(runner.model, store)
+    process.close()  # which never began
+    with compile_processes(1, runner.model, store) as [process]:
+        process.compile(runner.shape, runner.lowerings())
+        child = process._process
+        assert child.poll() is None
+    assert child.poll() is not None
