@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -131,21 +132,31 @@ def main() -> None:
     )
     params = param_shapes(model)
     store = ProgramStore(recipe.directory, (jax.devices()[0],))
-    answer = partial(print, file=answers, flush=True)
-    with lowering(model.compute.attention_backend), Compiler(store, on_tried=answer) as compiler:
+    with lowering(model.compute.attention_backend), Compiler(store) as compiler:
         for shape, names in _messages():
             lowerings = Runner(model, params, shape).lowerings()
             for name in names:
+                answer = partial(print, name, file=answers, flush=True)
                 try:
                     compiler.start({name: lowerings[name]}, shape)
+                    compiler.when_tried(name, answer)
                 except Exception:  # the engine will find out itself, and say so
-                    answer(name)
+                    answer()
 
 
 def _messages() -> Iterator[tuple[RunnerShape, list[str]]]:
-    with suppress(EOFError):
-        while True:
-            yield pickle.load(sys.stdin.buffer)
+    """Behind the last the engine is gone, and so is this process, whatever it does."""
+    messages: SimpleQueue = SimpleQueue()
+
+    def receive() -> None:
+        with suppress(EOFError):
+            while True:
+                messages.put(pickle.load(sys.stdin.buffer))
+        os._exit(0)
+
+    Thread(target=receive, daemon=True).start()
+    while True:
+        yield messages.get()
 
 
 if __name__ == "__main__":

@@ -56,15 +56,9 @@ class Compiler:
     compiled side by side (C++), some of them by other processes. What a name means never changes: a program is compiled
     once."""
 
-    def __init__(
-        self,
-        store: ProgramStore = NO_STORE,
-        others: Sequence[OtherProcess] = (),
-        on_tried: Callable[[str], None] = lambda name: None,
-    ) -> None:
+    def __init__(self, store: ProgramStore = NO_STORE, others: Sequence[OtherProcess] = ()) -> None:
         self._store = store
         self._others = others
-        self._on_tried = on_tried
         self._programs: dict[str, Future] = {}
         self._traced: dict[str, jax.stages.Lowered] = {}
         self._elsewhere: dict[str, Lowering] = {}
@@ -118,6 +112,10 @@ class Compiler:
                     self._programs[name] = self._pool.submit(self._compile, name, lowered)
                     self._compiled += 1
 
+    def when_tried(self, name: str, call: Callable[[], None]) -> None:
+        """Calls, from any thread, when there is a program that was started, or an error."""
+        self._programs[name].add_done_callback(lambda program: call())
+
     def get(self, names: Iterable[str]) -> dict[str, Any]:
         """Waits for programs that were started. Those that should have come from elsewhere and did not are compiled
         here."""
@@ -129,12 +127,9 @@ class Compiler:
         return {name: self._programs[name].result() for name in names}
 
     def _compile(self, name: str, lowered: jax.stages.Lowered) -> Any:
-        try:
-            program = lowered.compile()
-            self._store.save(name, program)
-            return program
-        finally:
-            self._on_tried(name)
+        program = lowered.compile()
+        self._store.save(name, program)
+        return program
 
     def log(self) -> None:
         seconds = time.monotonic() - self._begin

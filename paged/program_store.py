@@ -67,7 +67,7 @@ class ProgramStore:
         try:
             content = pickle.dumps(serialize_executable.serialize(program))
             self.directory.mkdir(parents=True, exist_ok=True)
-            partial = self.directory / f".{name}.{id(program)}"
+            partial = self.directory / f".{name}.{os.getpid()}.{id(program)}"
             partial.write_bytes(content)
             partial.rename(self.directory / name)
         except (OSError, ValueError, NotImplementedError) as error:

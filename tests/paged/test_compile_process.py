@@ -92,6 +92,14 @@ def test_what_a_process_cannot_make(runner, store):
         assert process.compile(runner.shape, ["nor this"])["nor this"].result(60) is None
 
 
+def test_what_another_engine_has_stored_meanwhile(runner, store):
+    names = ["admit_full", *runner.score_lowering()]
+    with compile_processes(2, runner.model, store) as processes:
+        for process in processes:
+            futures = process.compile(runner.shape, names)
+            assert all(future.result(60) for future in futures.values())
+
+
 def test_a_failure_is_found_by_who_asked(runner, store):
     """Another process that cannot trace a program leaves it to this one, whose error is the one that is seen."""
 
@@ -120,10 +128,19 @@ def test_options_of_jax_are_the_same_there(runner, store):
 
 
 def test_none_is_left_running(runner, store):
-    process = CompileProcess(runner.model, store)
-    process.close()  # which never began
+    CompileProcess(runner.model, store).close()  # which never began
     with compile_processes(1, runner.model, store) as [process]:
         process.compile(runner.shape, runner.lowerings())
         child = process._process
         assert child.poll() is None
     assert child.poll() is not None
+
+
+def test_none_outlives_an_engine_that_was_killed(runner, store):
+    process = CompileProcess(runner.model, store)
+    [future] = process.compile(runner.shape, ["admit_full"]).values()
+    assert future.result(60)
+    process.compile(runner.shape, runner.lowerings())
+    process._process.stdin.close()  # as the system does then
+    assert process._process.wait(5) == 0
+    process.close()
