@@ -108,8 +108,9 @@ def build(config: EngineConfig) -> Parts:
         param = "deterministic" if str(e).startswith("deterministic") else "tensor_parallel_size"
         raise InvalidRequestError(str(e), param=param) from e
     checkpoint.check(model)
-    with ThreadPoolExecutor(1) as thread:
-        weights = thread.submit(checkpoint.load_params, model, dtype, seed=args.seed)  # while programs are compiled
+    with ThreadPoolExecutor(2) as threads:  # while programs are compiled
+        weights = threads.submit(checkpoint.load_params, model, dtype, seed=args.seed)
+        tokenizer = threads.submit(lambda: checkpoint.tokenizer)  # which keeps it
         try:
             runner, max_model_len = compiled_runner(config, checkpoint, model)
         except InvalidRequestError:
@@ -123,6 +124,7 @@ def build(config: EngineConfig) -> Parts:
             runner, max_model_len = compiled_runner(config, checkpoint, model)
         compiled = time.monotonic()
         params = weights.result()
+        tokenizer.result()
     loaded = time.monotonic()
     runner.start(params)
     memory = ledger(runner, config.cache)

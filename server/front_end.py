@@ -6,6 +6,7 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
+from importlib import import_module
 from multiprocessing.connection import Connection
 
 import uvicorn
@@ -49,6 +50,7 @@ async def serve_http(
     link = EngineLink(connection)
     service = Service(args, config, link)
     following = asyncio.create_task(follow(link, service))
+    importing = asyncio.create_task(asyncio.to_thread(import_module, "transformers"))  # the tokenizer will need it
     while is_loaded and service.phase == "loading" and not link.lost:
         await asyncio.sleep(0.005)
     http = HttpServer(
@@ -73,6 +75,7 @@ async def serve_http(
     http.should_exit = True
     await serving
     following.cancel()
+    importing.cancel()
 
 
 async def follow(link: EngineLink, service: Service) -> None:
