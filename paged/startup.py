@@ -130,7 +130,8 @@ def build(config: EngineConfig) -> Parts:
     memory = ledger(runner, config.cache)
     logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)
     logger.info("memory: %s", memory)
-    logger.info("ready in %.1f s, %.1f of them for weights alone", time.monotonic() - begin, loaded - compiled)
+    waited = loaded - compiled
+    logger.info("ready in %.1f s, %.1f of them for weights and tokenizer alone", time.monotonic() - begin, waited)
     return Parts(checkpoint, runner, make_scheduler(config, runner.shape), max_model_len, memory)
 
 

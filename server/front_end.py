@@ -6,7 +6,6 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
-from importlib import import_module
 from multiprocessing.connection import Connection
 
 import uvicorn
@@ -50,7 +49,7 @@ async def serve_http(
     link = EngineLink(connection)
     service = Service(args, config, link)
     following = asyncio.create_task(follow(link, service))
-    importing = asyncio.create_task(asyncio.to_thread(import_module, "transformers"))  # the tokenizer will need it
+    importing = asyncio.create_task(asyncio.to_thread(import_tokenizers))
     while is_loaded and service.phase == "loading" and not link.lost:
         await asyncio.sleep(0.005)
     http = HttpServer(
@@ -76,6 +75,11 @@ async def serve_http(
     await serving
     following.cancel()
     importing.cancel()
+
+
+def import_tokenizers() -> None:
+    """What the tokenizer that comes from the engine needs, which takes seconds, while the engine loads."""
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 
 async def follow(link: EngineLink, service: Service) -> None:
