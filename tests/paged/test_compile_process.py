@@ -21,16 +21,38 @@ from tests.paged.tiny import SMALL, make_engine, run, tokens, write_config
 ASKED = {"a": ([1, 2, 3], SamplingParams(seed=1, max_tokens=9)), "b": ([4] * 20, SamplingParams(logprobs=2, seed=2))}
 
 
-def start(folder, cache, processes, monkeypatch, caplog):
-    """The tokens of ASKED, and how many programs were compiled."""
-    monkeypatch.setattr(startup, "num_compile_processes", lambda model, store: processes)
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "paged"):
-        engine = make_engine(folder, compilation_cache_dir=str(cache))
+def start(folder, cache):
+    """The tokens of ASKED."""
+    engine = make_engine(folder, compilation_cache_dir=str(cache))
     results = run(engine, ASKED)
     engine.close()
-    [compiled] = [record.args[-1] for record in caplog.records if record.name == "paged.compiler"]
-    return [tokens(results[name]) for name in ASKED], compiled
+    return [tokens(results[name]) for name in ASKED]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A model's folder, the programs that one process has compiled for it, and its tokens."""
+    folder, cache = (tmp_path_factory.mktemp(name) for name in ("model", "alone"))
+    results = start(write_config(folder), cache)
+    return str(folder), stored(cache), results
+
+
+def stored(cache):
+    return {path.name for path in cache.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def two_processes(monkeypatch, caplog):
+    monkeypatch.setattr(startup, "num_compile_processes", lambda model, store: 2)
+    caplog.set_level(logging.INFO, "paged")
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def num_compiled(caplog):
+    return [record.args[-1] for record in caplog.records if record.name == "paged.compiler"]
 
 
 @pytest.fixture
@@ -47,24 +69,22 @@ def futures(monkeypatch):
     return asked
 
 
-def test_an_engine_whose_programs_others_compile(tmp_path, monkeypatch, caplog, futures):
-    folder = write_config(tmp_path)
-    alone, compiled = start(folder, tmp_path / "alone", 0, monkeypatch, caplog)
-    assert start(folder, tmp_path / "together", 2, monkeypatch, caplog) == (alone, compiled)
-    assert len(futures) == compiled * 2 // 3 and all(future.result() for future in futures.values())
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+def test_an_engine_whose_programs_others_compile(alone, tmp_path, two_processes, caplog, futures):
+    folder, programs, results = alone
+    assert start(folder, tmp_path) == results and stored(tmp_path) == programs
+    assert len(futures) == len(programs) * 2 // 3 and all(future.result() for future in futures.values())
     futures.clear()
-    assert start(folder, tmp_path / "together", 2, monkeypatch, caplog) == (alone, 0) and not futures
+    assert start(folder, tmp_path) == results and not futures
+    assert num_compiled(caplog) == [len(programs), 0] and not warnings(caplog)
 
 
 @pytest.mark.parametrize("python", [shutil.which("false"), "/no/such/python"])
-def test_processes_that_die_or_cannot_begin(python, tmp_path, monkeypatch, caplog):
-    folder = write_config(tmp_path)
-    alone = start(folder, tmp_path / "alone", 0, monkeypatch, caplog)
+def test_processes_that_die_or_cannot_begin(python, alone, tmp_path, two_processes, caplog, monkeypatch):
+    folder, programs, results = alone
     monkeypatch.setattr(sys, "executable", python)
-    assert start(folder, tmp_path / "cache", 2, monkeypatch, caplog) == alone
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 2 and all("they are compiled here" in text for text in warnings)
+    assert start(folder, tmp_path) == results and stored(tmp_path) == programs
+    assert num_compiled(caplog) == [len(programs)]
+    assert len(warnings(caplog)) == 2 and all("they are compiled here" in text for text in warnings(caplog))
 
 
 @pytest.fixture
