@@ -158,8 +158,10 @@ def compiled_runner(config: EngineConfig, checkpoint: Checkpoint, model: Any) ->
 
 
 def num_compile_processes(model: Any, store: ProgramStore) -> int:
-    """Beside this one. What they compile is handed over in the store, and each has the device's context in memory."""
-    if jax.default_backend() != "gpu" or model.compute.shards > 1 or store.directory is None:
+    """Beside this one. What they compile is handed over in the store, and each has the device's context in memory.
+    Without our kernels XLA chooses by time how it computes products, which is better left to one process."""
+    compute = model.compute
+    if compute.attention_backend != "mosaic_gpu" or compute.shards > 1 or store.directory is None:
         return 0
     contexts = unreserved_memory(jax.devices()[0]) // CONTEXT_BYTES
     return max(0, min(MOST_PROCESSES - 1, (os.cpu_count() or 1) // CORES_A_PROCESS - 1, contexts))
