@@ -221,7 +221,8 @@ class Engine:
         """As step(), before the tokens are text."""
         begin = time.monotonic()
         previous, self._inflight = self._inflight, []
-        steps, failure = self._plan(), None
+        behind_prompts = any(plan.prefills for handle in previous for plan in handle.plans)
+        steps, failure = self._plan(most=1 if behind_prompts else self.runner.shape.chain), None
         if steps:
             try:
                 self._inflight = self.runner.execute(steps)
@@ -240,13 +241,15 @@ class Engine:
         self._report(plans, begin)
         return outputs
 
-    def _plan(self) -> list[PackedStep]:
-        """The next step; while nobody waits, as many decode steps as one call runs."""
+    def _plan(self, most: int) -> list[PackedStep]:
+        """The next step; while nobody waits, as many decode steps as one call runs, up to `most`: one right behind
+        prompts, as they often come in bursts, and who comes next should wait for no more."""
         plan = self.scheduler.schedule()
         if plan is None:
             return []
         steps = [first := self.runner.pack(plan)]
-        while len(steps) < self.runner.chain_length(first) and not self.scheduler.num_waiting:
+        length = min(most, self.runner.chain_length(first))
+        while len(steps) < length and not self.scheduler.num_waiting:
             plan = self.scheduler.schedule()
             if plan is None:
                 break

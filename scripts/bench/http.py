@@ -34,15 +34,15 @@ class Client:
         body = b"".join([part async for part in self._exchange("GET", route, b"")])
         return json.loads(body)
 
-    async def events(self, route: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
-        """The data of a POST's server-sent events, as they arrive, up to [DONE].
+    async def events(self, route: str, body: bytes) -> AsyncIterator[bytes]:
+        """The data of a POST's server-sent events, as they arrive, up to [DONE]. body: a JSON document.
 
         Raises:
           HttpError: the status is not 200.
           ConnectionError: the stream ended before [DONE].
         """
         rest = b""
-        async for part in self._exchange("POST", route, json.dumps(body).encode()):
+        async for part in self._exchange("POST", route, body):
             *events, rest = (rest + part).replace(b"\r\n", b"\n").split(b"\n\n")
             for event in events:
                 data = event.removeprefix(b"data:").strip()

@@ -115,23 +115,22 @@ async def send_all(load: Load, begin: float) -> Sent:
     client = Client(load.url, load.api_key)
     slots = nullcontext() if load.concurrency is None else asyncio.Semaphore(load.concurrency)
 
-    async def send_at(item: Item, due: float) -> Outcome:
+    async def send_at(body: bytes, due: float) -> Outcome:
         await asyncio.sleep(due - time.monotonic())
         async with slots:
             closed = load.concurrency is not None
-            return await send(client, load.model, item, load.temperature, time.monotonic() if closed else due)
+            return await send(client, body, time.monotonic() if closed else due)
 
+    bodies = [request_body(load.model, item, load.temperature) for item in load.items]  # before the clock starts
     await asyncio.sleep(begin - time.monotonic())
     busy_before = time.process_time()
-    todo = [send_at(item, begin + at) for item, at in zip(load.items, load.arrivals, strict=True)]
+    todo = [send_at(body, begin + at) for body, at in zip(bodies, load.arrivals, strict=True)]
     outcomes = list(await asyncio.gather(*todo))
     seconds = time.monotonic() - begin
     return Sent(outcomes, seconds, (time.process_time() - busy_before) / seconds)
 
 
-async def send(client: Client, model: str, item: Item, temperature: float, due: float) -> Outcome:
-    """One request. What goes wrong with it is its outcome."""
-    outcome = Outcome()
+def request_body(model: str, item: Item, temperature: float) -> bytes:
     body = {
         "model": model,
         "prompt": item.prompt,
@@ -141,6 +140,12 @@ async def send(client: Client, model: str, item: Item, temperature: float, due: 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    return json.dumps(body).encode()
+
+
+async def send(client: Client, body: bytes, due: float) -> Outcome:
+    """One request, of request_body. What goes wrong with it is its outcome."""
+    outcome = Outcome()
     try:
         async for data in client.events(ROUTE, body):
             now = time.monotonic() - due

@@ -10,7 +10,7 @@ from paged.cli import parse_args
 from paged.config import option, require
 from paged.errors import InvalidRequestError
 from scripts.bench.http import Client, HttpError
-from scripts.bench.load import ROUTE, Load, Outcome, Senders, Sent, send
+from scripts.bench.load import ROUTE, Load, Outcome, Senders, Sent, request_body, send
 from scripts.bench.report import Report, note
 from scripts.bench.workload import Item, fixed, nano, poisson_arrivals
 from scripts.percentiles import percentiles
@@ -93,7 +93,7 @@ async def find_model(args: ServeArgs) -> str:
         model = args.model or (await client.get_json("/v1/models"))["data"][0]["id"]
     except (ValueError, OSError, HttpError) as e:
         raise InvalidRequestError(f"no answer from {args.url}: {e}", param="url") from None
-    warm = await send(client, model, Item([1] * 8, 2), args.temperature, time.monotonic())
+    warm = await send(client, request_body(model, Item([1] * 8, 2), args.temperature), time.monotonic())
     if warm.error:
         raise InvalidRequestError(f"{args.url} does not serve {ROUTE}: {warm.error}", param="url")
     return model

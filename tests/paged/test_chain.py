@@ -73,6 +73,13 @@ def test_same_tokens(folder, plain, options):
     engine.close()
 
 
+def test_who_comes_right_behind_a_prompt_waits_for_one_step(folder):
+    engine, lengths = chained(folder)
+    run(engine, {"a": ([5] * 4, SamplingParams(max_tokens=9, ignore_eos=True))})
+    assert lengths == [1, 1, 3, 3, 1]  # the prompt, whose token is the first of nine
+    engine.close()
+
+
 def test_a_failed_call_fails_all_its_requests(folder):
     engine, _ = chained(folder)
     execute = engine.runner.execute

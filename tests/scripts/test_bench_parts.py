@@ -259,7 +259,7 @@ def exchange(answer: bytes, cut: int, use: Callable[[Client], Any]) -> tuple[Any
 
 
 async def collect(client: Client) -> list[dict[str, Any]]:
-    return [json.loads(data) async for data in client.events("/v1/completions", {"prompt": [1]})]
+    return [json.loads(data) async for data in client.events("/v1/completions", b'{"prompt": [1]}')]
 
 
 def chunked(body: bytes, size: int) -> bytes:
