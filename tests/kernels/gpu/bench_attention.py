@@ -1,4 +1,4 @@
-"""Times the attention kernels: python -m tests.kernels.gpu.bench_attention [decode] [prefill]
+"""Times the attention kernels: python -m tests.kernels.gpu.bench_attention [decode] [projected] [prefill]
 
 Each line is one shape. Calls are chained, the output of one being the queries of the next, over enough caches that
 none is still in the L2, and compiled as one program, as the layers of a model are.
@@ -63,6 +63,37 @@ def time_decode(S, length, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=32,
     return taken, size / COPY_BANDWIDTH, wrong
 
 
+def projected_step(q, parts, caches, tables, kv_lens, block_tables, *, calls, norms, num_heads, scale):
+    """`calls` layers' attention from the projection, which has the output of the one before among its queries."""
+    for i in range(calls):
+        parts = parts.at[0, :, :num_heads].set(q)
+        q, caches[i % len(caches)] = decode.decode_projected(
+            parts, tables, norms, caches[i % len(caches)], kv_lens, block_tables,
+            num_heads=num_heads, epsilon=1e-6, norm_offset=0.0, scale=scale,
+        )  # fmt: skip
+    return q, caches
+
+
+def time_projected(S, length, *, H, K, D, norms, N=16, calls=32):
+    """As an engine runs it: with the newest token's norms, rotary embedding and write. Also XLA's copies of what was
+    projected are in it."""
+    lens = np.broadcast_to(np.asarray(length), (S,))
+    size = int(lens.sum()) * K * 2 * vector_bytes(D, jnp.bfloat16)
+    layers = int(np.clip(-(-6 * L2 // size), 2, calls))
+    block_tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=jnp.bfloat16, layers=layers)
+    q, parts = (jax.random.normal(jax.random.key(1), (*s, D), jnp.bfloat16) for s in ((S, H), (1, S, H + 2 * K)))
+    tables, weights = (jnp.ones((S, D // 2)),) * 2, (jnp.ones(D, jnp.bfloat16),) * 2 if norms else None
+    options = {"calls": calls, "norms": weights, "num_heads": H, "scale": D**-0.5}
+    step, state = jax.jit(partial(projected_step, **options), donate_argnums=2), list(caches)
+
+    def run():
+        nonlocal state
+        out, state = step(q, parts, state, tables, jnp.asarray(lens, jnp.int32), block_tables)
+        return out
+
+    return seconds(run, calls=calls), size / COPY_BANDWIDTH
+
+
 LLAMA = {"H": 32, "K": 8, "D": 128}
 QWEN = {"H": 16, "K": 8, "D": 128}
 CACHES = ["bfloat16", "int8", "float8_e4m3fn"]
@@ -80,6 +111,15 @@ def decode_table():
                     f"error {wrong:.4f}",
                     flush=True,
                 )
+
+
+def projected_table():
+    for name, heads in (("llama", LLAMA | {"norms": False}), ("qwen3-0.6b", QWEN | {"norms": True})):
+        for S, length in BATCHES:
+            taken, floor = time_projected(S, length, **heads)
+            print(
+                f"{name:11} {S:4} x {length:6}: {taken * 1e6:8.1f} us, floor {floor * 1e6:7.1f}, {floor / taken:6.1%}"
+            )
 
 
 def time_prefill(lengths, cached=0, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=8, config=None, **options):
@@ -149,5 +189,7 @@ if __name__ == "__main__":
     print(jax.devices()[0].device_kind, jax.__version__)
     if "decode" in sys.argv:
         decode_table()
+    if "projected" in sys.argv:
+        projected_table()
     if "prefill" in sys.argv:
         prefill_table()
