@@ -203,8 +203,11 @@ class Runner:
 
     def _jit(self, program: Callable, options: Mapping[str, Any] | None = None, **how: Any) -> Any:
         """jax.jit as `how` says; `options` are for the compiler where kernels are Mosaic GPU's."""
-        of_kernels = self.model.compute.attention_backend == "mosaic_gpu"
-        return jax.jit(program, compiler_options=ON_HOPPER | dict(options or {}) if of_kernels else None, **how)
+        compute = self.model.compute
+        if compute.attention_backend != "mosaic_gpu":
+            return jax.jit(program, **how)
+        ours = ON_HOPPER if compute.shards == 1 else {}  # over several devices every product is XLA's
+        return jax.jit(program, compiler_options=ours | dict(options or {}), **how)
 
     @property
     def compiled(self) -> tuple[list[Any], list[Any]]:

@@ -65,8 +65,16 @@ def test_the_folder_depends_on_what_programs_are_made_from(tmp_path, monkeypatch
 
     one, same, other = map(folder, ("a", "a", "b"))
     assert one == same != other
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
-    assert folder("a") != one
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+        assert folder("a") != one
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        assert folder("a") != one
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert folder("a") == one
 
 
 def test_a_program_runs_on_the_devices_that_it_was_compiled_for(tmp_path):

@@ -48,6 +48,10 @@ def test_steps(tmp_path):
         "sample-1": HEAD,
         "sample-64": HEAD,
     }
+    # Of a prompt qkv, out, and all but the last down are cuBLAS's: XLA has nothing to choose by time.
+    assert not any(line["products"]["triton"] for line in lines)
+    cublas = {line["program"]: line["products"]["cublas"] for line in lines}
+    assert cublas == dict.fromkeys(programs, 0) | {"prompt-512": 3 * LAYERS - 1}
     others = {line["program"]: line["all"] - sum(line["kernels"].values()) for line in lines}
     # Each takes 1.3 to 2.3 us. Those of one row have XLA's products among them.
     assert others["decode-64"] <= 10 and others["sample-1"] <= 5 and others["sample-64"] <= 3
