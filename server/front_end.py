@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -40,6 +41,8 @@ def run_front_end(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to everyone
     set_up_logging(args.log_level)
+    if not config.model.skip_tokenizer_init:
+        threading.Thread(target=import_tokenizers, daemon=True).start()  # which keeps no process that is told to end
     asyncio.run(serve_http(connection, listener, args, config, is_loaded))
 
 
@@ -49,7 +52,6 @@ async def serve_http(
     link = EngineLink(connection)
     service = Service(args, config, link)
     following = asyncio.create_task(follow(link, service))
-    importing = asyncio.create_task(asyncio.to_thread(import_tokenizers))
     while is_loaded and service.phase == "loading" and not link.lost:
         await asyncio.sleep(0.005)
     http = HttpServer(
@@ -74,7 +76,6 @@ async def serve_http(
     http.should_exit = True
     await serving
     following.cancel()
-    importing.cancel()
 
 
 def import_tokenizers() -> None:

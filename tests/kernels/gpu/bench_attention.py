@@ -36,12 +36,18 @@ def seconds(step, *args, calls, repeats=5, programs=20):
     return float(np.median(times))
 
 
-def time_decode(S, length, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=32, config=None, **options):
+def make_caches(S, length, *, K, D, N, dtype, calls):
+    """int32[S], block tables, so many layers' caches that none is still in the L2 when it is used again, and the bytes
+    that a layer reads."""
     lens = np.broadcast_to(np.asarray(length), (S,))
-    size = int(lens.sum()) * K * 2 * vector_bytes(D, cache_dtype)
+    size = int(lens.sum()) * K * 2 * vector_bytes(D, dtype)
     layers = int(np.clip(-(-6 * L2 // size), 2, calls))
-    tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=cache_dtype, layers=layers)
-    kv_lens = jnp.asarray(lens, jnp.int32)
+    tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=dtype, layers=layers)
+    return jnp.asarray(lens, jnp.int32), tables, caches, size
+
+
+def time_decode(S, length, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=32, config=None, **options):
+    kv_lens, tables, caches, size = make_caches(S, length, K=K, D=D, N=N, dtype=cache_dtype, calls=calls)
     q = jax.random.normal(jax.random.key(1), (S, H, D), jnp.bfloat16)
     options |= {"scale": D**-0.5}
 
@@ -53,7 +59,7 @@ def time_decode(S, length, *, H, K, D, N=64, cache_dtype=jnp.bfloat16, calls=32,
     @jax.jit
     def step(q, caches, kv_lens, tables):
         for i in range(calls):
-            q = attend(q, caches[i % layers], kv_lens, tables)
+            q = attend(q, caches[i % len(caches)], kv_lens, tables)
         return q
 
     out = attend(q, caches[0], kv_lens, tables)
@@ -77,10 +83,7 @@ def projected_step(q, parts, caches, tables, kv_lens, block_tables, *, calls, no
 def time_projected(S, length, *, H, K, D, norms, N=16, calls=32):
     """As an engine runs it: with the newest token's norms, rotary embedding and write. Also XLA's copies of what was
     projected are in it."""
-    lens = np.broadcast_to(np.asarray(length), (S,))
-    size = int(lens.sum()) * K * 2 * vector_bytes(D, jnp.bfloat16)
-    layers = int(np.clip(-(-6 * L2 // size), 2, calls))
-    block_tables, caches = paged.pool(jax.random.key(0), lens, K=K, D=D, N=N, dtype=jnp.bfloat16, layers=layers)
+    kv_lens, block_tables, caches, size = make_caches(S, length, K=K, D=D, N=N, dtype=jnp.bfloat16, calls=calls)
     q, parts = (jax.random.normal(jax.random.key(1), (*s, D), jnp.bfloat16) for s in ((S, H), (1, S, H + 2 * K)))
     tables, weights = (jnp.ones((S, D // 2)),) * 2, (jnp.ones(D, jnp.bfloat16),) * 2 if norms else None
     options = {"calls": calls, "norms": weights, "num_heads": H, "scale": D**-0.5}
@@ -88,7 +91,7 @@ def time_projected(S, length, *, H, K, D, norms, N=16, calls=32):
 
     def run():
         nonlocal state
-        out, state = step(q, parts, state, tables, jnp.asarray(lens, jnp.int32), block_tables)
+        out, state = step(q, parts, state, tables, kv_lens, block_tables)
         return out
 
     return seconds(run, calls=calls), size / COPY_BANDWIDTH
