@@ -1,6 +1,6 @@
 """Compilation in other processes: tracing holds Python's lock, compiling one of LLVM's, and each process has its own.
 
-A process is told how a model is built and which of its programs are wanted. It leaves them in the program store, from
+A process is sent the model and told which of its programs are wanted. It leaves them in the program store, from
 where the engine's own process loads them, as a warm start does. Those that it cannot make are compiled by the engine.
 """
 
@@ -20,11 +20,10 @@ from threading import Thread
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from kernels_pallas import lowering
-from models import ModelConfig, build_model, make_mesh
-from models.layers import Compute
-from models.registry import param_shapes
+from models import make_mesh, param_shapes
 from paged.compiler import Compiler
 from paged.program_store import ProgramStore
 from paged.runner import Runner
@@ -34,12 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 class Recipe(NamedTuple):
-    """How a process builds the model, on the first device alone."""
+    """What a process makes programs from, besides shapes; it runs on the first device alone."""
 
     jax_options: dict[str, Any]
-    config: ModelConfig
-    compute: Compute  # without its mesh, which cannot be sent
+    model: Any  # without its mesh, which cannot be sent
     directory: Path  # of the program store
+
+
+def with_mesh(model: Any, mesh: Mesh | None) -> Any:
+    return model.clone(compute=replace(model.compute, mesh=mesh))
 
 
 class CompileProcess:
@@ -47,7 +49,7 @@ class CompileProcess:
 
     def __init__(self, model: Any, store: ProgramStore):
         assert store.directory is not None
-        self._recipe = Recipe(dict(jax.config.values), model.config, replace(model.compute, mesh=None), store.directory)
+        self._recipe = Recipe(dict(jax.config.values), with_mesh(model, None), store.directory)
         self._store = store
         self._process: Any = None  # a subprocess.Popen, once begun
         self._reader = Thread(target=self._read, daemon=True)
@@ -123,13 +125,7 @@ def main() -> None:
     for option, value in recipe.jax_options.items():
         if jax.config.values[option] != value:
             jax.config.update(option, value)
-    model = build_model(
-        recipe.config,
-        dtype=recipe.compute.dtype,
-        attention_backend=recipe.compute.attention_backend,
-        mesh=make_mesh(1),
-        deterministic=recipe.compute.deterministic,
-    )
+    model = with_mesh(recipe.model, make_mesh(1))
     params = param_shapes(model)
     store = ProgramStore(recipe.directory, (jax.devices()[0],))
     with lowering(model.compute.attention_backend), Compiler(store) as compiler:
