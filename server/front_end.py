@@ -41,15 +41,17 @@ def run_front_end(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a terminal sends them to everyone
     set_up_logging(args.log_level)
-    if not config.model.skip_tokenizer_init:
-        threading.Thread(target=import_tokenizers, daemon=True).start()  # which keeps no process that is told to end
     asyncio.run(serve_http(connection, listener, args, config, is_loaded))
 
 
 async def serve_http(
     connection: Connection, listener: socket.socket, args: ServerArgs, config: EngineConfig, is_loaded: bool
 ) -> None:
-    link = EngineLink(connection)
+    importing = None
+    if not config.model.skip_tokenizer_init:
+        importing = threading.Thread(target=import_tokenizers, daemon=True)  # keeps no process that is told to end
+        importing.start()
+    link = EngineLink(connection, importing)
     service = Service(args, config, link)
     following = asyncio.create_task(follow(link, service))
     while is_loaded and service.phase == "loading" and not link.lost:

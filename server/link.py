@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import pickle
 import queue
 import threading
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class FrontLink:
         if self._thread is not None:
             return
         self._thread = thread
-        self.send("loaded", thread.info)
+        self.send("loaded", pickle.dumps(thread.info))  # see EngineLink._unpack
         thread.connect(self)
 
     def send(self, *message: Any) -> None:
@@ -110,13 +111,16 @@ class FrontLink:
 class EngineLink:
     """A front end's end, a Host. Everything but the receiving thread is in its event loop.
 
+    Args:
+      importing: the thread that imports what the engine's tokenizer needs.
+
     Attributes:
       loaded: set when there is an engine; opened: when every front end has one.
       drain, stop: set when the front end shall do so; `stop` also if the engine's process is gone, which is `lost`.
     """
 
-    def __init__(self, connection: Connection):
-        self._connection, self._loop = connection, asyncio.get_running_loop()
+    def __init__(self, connection: Connection, importing: threading.Thread | None):
+        self._connection, self._loop, self._importing = connection, asyncio.get_running_loop(), importing
         self.engine: EngineClient | None = None
         self.lost = False
         self.loaded, self.opened = asyncio.Event(), asyncio.Event()
@@ -158,12 +162,22 @@ class EngineLink:
         take: Callable[..., None] = self._take
         try:
             while True:
-                self._loop.call_soon_threadsafe(take, self._connection.recv())
+                messages = [self._unpack(*message) for message in self._connection.recv()]
+                self._loop.call_soon_threadsafe(take, messages)
         except GONE:
             pass
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended before
                 self._loop.call_soon_threadsafe(self._on_lost)
+
+    def _unpack(self, name: str, *args: Any) -> tuple[Any, ...]:
+        """To unpickle a tokenizer imports transformers, whose modules need each other in circles: if a second thread
+        does so meanwhile, both may get halves of it. So it comes pickled once more, and waits for the other thread."""
+        if name != "loaded":
+            return name, *args
+        if self._importing is not None:
+            self._importing.join()
+        return name, pickle.loads(*args)
 
     def _take(self, messages: list[tuple[Any, ...]]) -> None:
         for name, *args in messages:

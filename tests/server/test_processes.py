@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
 
+from paged.engine_client import EngineInfo
+from server.link import EngineLink
 from tests.server.conftest import ROOT, wait_for
 from tests.server.test_lifecycle import Stream
 from tests.server.test_load import ENDLESS, is_idle
@@ -37,6 +42,44 @@ def test_front_ends_need_no_jax():
     code = "import sys, server.front_end; print(sorted({'jax', 'flax', 'models', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class Tokenizer:
+    """`imported` when one was unpickled in this process."""
+
+    imported: threading.Event
+
+    def __reduce__(self):
+        return Tokenizer._unpickle, ()
+
+    @staticmethod
+    def _unpickle() -> "Tokenizer":
+        assert Tokenizer.imported.is_set(), "another thread is at the import that unpickling needs"
+        return Tokenizer()
+
+
+def test_a_tokenizer_is_unpickled_when_its_packages_are_imported():
+    """Not meanwhile, in another thread; all else is taken at once."""
+
+    async def run() -> None:
+        Tokenizer.imported = threading.Event()
+        importing = threading.Thread(target=Tokenizer.imported.wait)
+        importing.start()
+        engine, front = multiprocessing.Pipe()
+        link = EngineLink(front, importing)
+        engine.send([("drain",)])
+        await asyncio.wait_for(link.drain.wait(), 60)
+        info = EngineInfo(Tokenizer(), 8, 8, 1, 1, {})
+        engine.send([("loaded", pickle.dumps(info)), ("open",)])
+        await asyncio.sleep(0.2)
+        assert not link.loaded.is_set() and not link.opened.is_set()
+        Tokenizer.imported.set()
+        await asyncio.wait_for(link.opened.wait(), 60)
+        assert isinstance(link.engine.tokenizer, Tokenizer)
+        engine.close()
+        await asyncio.wait_for(link.stop.wait(), 60)
+
+    asyncio.run(run())
 
 
 def test_requests_of_two_front_ends(start):
