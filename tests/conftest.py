@@ -6,3 +6,9 @@ from importlib.util import find_spec
 
 if find_spec("libtpu"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+if find_spec("hypothesis"):  # a GPU machine may be without
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # an example may compile something, beside other programs
+    settings.load_profile("untimed")

@@ -19,7 +19,7 @@ from paged.errors import InvalidRequestError
 from paged.outputs import StepOutput
 from paged.sampling_params import SamplingParams
 from scripts.bench.engine_runs import ENGINE_GROUPS
-from scripts.bench.instant_device import instant_parts
+from scripts.bench.instant_device import StepSeconds, instant_parts
 from scripts.bench.report import Report, machine, note, repeated
 from scripts.bench.workload import fixed
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         "python -m scripts.bench host", DESCRIPTION, HostArgs, *ENGINE_GROUPS, argv=argv
     )
     config = EngineConfig(model=model, cache=cache, scheduler=scheduler, runner=runner)
-    parts = instant_parts(config, args.step_ms / 1e3) if args.device == "instant" else None
+    parts = instant_parts(config, StepSeconds(args.step_ms / 1e3)) if args.device == "instant" else None
     engine = Engine(config, parts=parts)
     room = engine.max_model_len - args.input_len - args.steps - 16
     require(room >= 0, "steps", f"and input_len need {-room} tokens more than --max-model-len {engine.max_model_len}")

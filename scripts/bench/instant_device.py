@@ -11,6 +11,7 @@ import numpy as np
 
 from paged.config import EngineConfig
 from paged.memory import MemoryLedger
+from paged.plan import StepPlan
 from paged.runner import PackedStep, Runner, StepHandle, variant_ranks
 from paged.runner_shape import RunnerShape
 from paged.sampler import SampleOutput
@@ -29,31 +30,45 @@ class ArrivingArray:
         return self.values
 
 
-class InstantRunner(Runner):
-    """Packs steps as the real one does; random tokens take the place of their execution, one step after the other,
-    each `step_seconds` long."""
+@dataclass(frozen=True)
+class StepSeconds:
+    """What steps take: each at least `step`, and one with prompts `prompt_token` for each of their tokens."""
 
-    def __init__(self, shape: RunnerShape, step_seconds: float = 0.0, seed: int = 0):
-        self.shape, self.step_seconds = shape, step_seconds
-        self._chains, self._ranks = {}, variant_ranks(shape)
+    step: float = 0.0
+    prompt_token: float = 0.0
+
+    def of(self, plan: StepPlan) -> float:
+        return max(self.step, self.prompt_token * sum(chunk.num_tokens for chunk in plan.prefills))
+
+
+class InstantRunner(Runner):
+    """Packs steps as the real one does, and has as many in a call; random tokens take the place of their execution, one
+    step after the other."""
+
+    def __init__(self, shape: RunnerShape, seconds: StepSeconds, seed: int = 0):
+        self.shape, self.seconds = shape, seconds
+        self._chains, self._ranks = dict.fromkeys(shape.chained), variant_ranks(shape)
         self._random = np.random.default_rng(seed)
         self._free_at = 0.0
 
     def reset_state(self) -> None:
         """There is none."""
 
-    def execute(self, steps: Sequence[PackedStep]) -> list[StepHandle]:
-        return [self._handle(step) for step in steps]
+    def _execute(self, step: PackedStep) -> StepHandle:
+        return self._handle([step], (step.shape.S,))
 
-    def _handle(self, step: PackedStep) -> StepHandle:
-        tokens: Any = self._random.integers(self.shape.vocab_size, size=step.shape.S, dtype=np.int32)
-        if self.step_seconds:
-            self._free_at = max(self._free_at, time.monotonic()) + self.step_seconds
+    def _execute_chain(self, steps: Sequence[PackedStep]) -> StepHandle:
+        return self._handle(steps, (len(steps), steps[0].shape.S))
+
+    def _handle(self, steps: Sequence[PackedStep], size: tuple[int, ...]) -> StepHandle:
+        tokens: Any = self._random.integers(self.shape.vocab_size, size=size, dtype=np.int32)
+        if taken := sum(self.seconds.of(step.plan) for step in steps):
+            self._free_at = max(self._free_at, time.monotonic()) + taken
             tokens = ArrivingArray(tokens, self._free_at)
-        return StepHandle([step.plan], SampleOutput(tokens), [])
+        return StepHandle([step.plan for step in steps], SampleOutput(tokens), [])
 
 
-def instant_parts(config: EngineConfig, step_seconds: float = 0.0, platform: str = "gpu") -> Parts:
+def instant_parts(config: EngineConfig, seconds: StepSeconds, platform: str = "gpu") -> Parts:
     """What `paged.startup.build` would make for a `platform`, with a cache that holds every sequence at full length.
     Of the model only the configuration and the tokenizer are read."""
     args = config.model
@@ -62,4 +77,4 @@ def instant_parts(config: EngineConfig, step_seconds: float = 0.0, platform: str
     shape = replace(shape, num_blocks=shape.max_num_seqs * shape.blocks_per_seq + 1)
     max_model_len = args.max_model_len or checkpoint.config.max_position_embeddings
     nothing = MemoryLedger(None, 0, 0, 0, 0, shape.num_blocks, shape.block_size)
-    return Parts(checkpoint, InstantRunner(shape, step_seconds), make_scheduler(config, shape), max_model_len, nothing)
+    return Parts(checkpoint, InstantRunner(shape, seconds), make_scheduler(config, shape), max_model_len, nothing)

@@ -18,7 +18,7 @@ def representable(dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(x=vectors)
 def test_each_element_is_the_nearest_that_the_format_holds(dtype, x):
     values, scales = quantize(jnp.asarray(x), jnp.dtype(dtype))

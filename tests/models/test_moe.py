@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import lax
@@ -12,7 +12,6 @@ from models import moe
 from models.experts_config import ExpertsConfig
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.float32, (3, 9), elements=st.integers(-3, 3)), st.sampled_from([1, 4, 9]))
 def test_the_best_by_rank_are_the_best(scores: np.ndarray, k: int) -> None:
     """Of equal ones, the first, as lax.top_k has it."""
@@ -22,7 +21,6 @@ def test_the_best_by_rank_are_the_best(scores: np.ndarray, k: int) -> None:
     np.testing.assert_array_equal(chosen, expected)
 
 
-@settings(deadline=None)
 @given(hnp.arrays(np.int32, 24, elements=st.integers(0, 6)))
 def test_sorting_by_rank_is_sorting(experts: np.ndarray) -> None:
     for order, place in (moe.sort(jnp.asarray(experts)), moe.sort_by_rank(jnp.asarray(experts))):

@@ -257,7 +257,7 @@ class PoolModel(RuleBasedStateMachine):
 
 
 TestPoolModel = PoolModel.TestCase
-TestPoolModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestPoolModel.settings = settings(max_examples=150, stateful_step_count=60)
 
 
 def test_counts_are_exact_after_a_million_operations():

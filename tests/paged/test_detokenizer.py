@@ -98,7 +98,7 @@ def smollm2() -> PreTrainedTokenizerFast:
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=unicode_text, chunk=st.integers(1, 4))
 @example(text="👩‍👩‍👧😀" * 10, chunk=1)
 @example(text="  two spaces  ", chunk=1)
@@ -109,7 +109,7 @@ def test_deltas_join_to_the_text_and_have_whole_characters_only(tokenizer, text,
     assert not any(REPLACEMENT in delta for delta in deltas)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=unicode_text, data=st.data())
 def test_a_real_vocabulary(smollm2, text, data):
     ids = encode(smollm2, text)
@@ -120,7 +120,7 @@ def test_a_real_vocabulary(smollm2, text, data):
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=unicode_text, data=st.data())
 def test_a_cut_character_is_never_shown(tokenizer, text, data):
     ids = encode(tokenizer, text)
@@ -130,7 +130,6 @@ def test_a_cut_character_is_never_shown(tokenizer, text, data):
     assert "".join(deltas) == max((b for b in beginnings if REPLACEMENT not in b), key=len)
 
 
-@settings(deadline=None)
 @given(text=st.text(REPLACEMENT + "a\u0800😀", max_size=10))
 def test_a_replacement_character_can_be_meant(text):
     tokenizer = TOKENIZERS["byte_level"]
@@ -139,7 +138,7 @@ def test_a_replacement_character_can_be_meant(text):
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_random_tokens_read_as_the_tokenizer_reads_them(tokenizer, data, skip):
     ids = [i for i in range(len(tokenizer)) if not tokenizer.convert_ids_to_tokens(i).startswith("<0x")]
@@ -156,7 +155,7 @@ def as_held_back(text):
 BYTE_TOKENS = [i for i in range(400) if REPLACEMENT in decode(TOKENIZERS["byte_level"], [i])]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(ids=st.lists(st.sampled_from([*BYTE_TOKENS, 0, 400]), max_size=30), skip=st.booleans())
 @example(ids=[128, 358, 158, 96, 0], skip=False)
 def test_broken_characters_read_as_the_tokenizer_reads_them(ids, skip):
@@ -166,7 +165,6 @@ def test_broken_characters_read_as_the_tokenizer_reads_them(ids, skip):
     assert as_held_back(streamed) == as_held_back(decode(tokenizer, ids, skip))
 
 
-@settings(deadline=None)
 @given(broken=st.binary(min_size=1, max_size=12))
 @example(broken="你😀".encode() + b"\xff")
 def test_broken_byte_tokens_spoil_nothing_around_them(broken):
@@ -289,7 +287,7 @@ def pieces_of(alphabet: str, length: int) -> PreTrainedTokenizerFast:
 PIECES = pieces_of("ab", 4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     pieces=st.lists(st.text("ab", min_size=1, max_size=4), max_size=15),
     stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),
@@ -336,7 +334,6 @@ def test_a_stop_inside_what_min_tokens_exempts_is_not_found_later():
     assert ("".join(deltas), hit) == ("xabzq", None)
 
 
-@settings(deadline=None)
 @given(pattern=st.text("ab", min_size=1, max_size=6), text=st.text("ab", max_size=40))
 def test_the_matcher_finds_every_occurrence(pattern, text):
     matcher = StopMatcher(pattern)

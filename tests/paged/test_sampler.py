@@ -208,7 +208,7 @@ def test_greedy_rows_are_the_argmax_whatever_runs_beside_them(variant):
         assert (tokens[~greedy] != logits.argmax(-1)[~greedy]).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     presence=st.floats(-2, 2),
@@ -282,7 +282,7 @@ logit = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     x=st.lists(logit, min_size=V, max_size=V).filter(lambda row: max(row) > -np.inf),
     top_k=st.integers(0, V + 3),

@@ -213,7 +213,7 @@ anything = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(SamplingParams.__dataclass_fields__)), anything, max_size=4))
 def test_any_input_is_refused_by_name_or_made_regular(fields):
     try:

@@ -20,7 +20,8 @@ from server.args import ServerArgs
 class DeviceArgs:
     _argument_group_name: ClassVar[str] = "device"
 
-    step_ms: float = option(11.5, "time that every step takes")
+    step_ms: float = option(11.5, "time that every step takes at least")
+    prompt_ms: float = option(0.0, "time that 8,192 tokens of prompts take")
 
 
 def processor_seconds(pid: int) -> float:
@@ -45,7 +46,7 @@ async def watch(seconds: float = 1.0) -> None:
 
 async def main() -> int:
     from paged.cli import parse_args
-    from scripts.bench.instant_device import instant_parts
+    from scripts.bench.instant_device import StepSeconds, instant_parts
     from server.__main__ import listen, serve
     from server.front_end import set_up_logging
 
@@ -54,7 +55,8 @@ async def main() -> int:
     set_up_logging("warning")
     config = EngineConfig(model=model, scheduler=scheduler)
     watching = asyncio.create_task(watch())
-    status = await serve(args, config, listen(args.host, args.port), instant_parts(config, device.step_ms / 1e3))
+    parts = instant_parts(config, StepSeconds(device.step_ms / 1e3, device.prompt_ms / 8192e3))
+    status = await serve(args, config, listen(args.host, args.port), parts)
     watching.cancel()
     return status
 

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_pallas.gpu.grouped_matmul import list_tiles
@@ -17,7 +17,6 @@ M, X = 400, 5
 def test_every_row_is_in_one_tile_and_that_of_its_group(rows: int) -> None:
     tiles_of = jax.jit(partial(list_tiles, M=M, rows=rows))
 
-    @settings(deadline=None)
     @given(st.lists(st.one_of(st.integers(0, 20), st.integers(0, 80)), min_size=X, max_size=X))
     def check(sizes: list[int]) -> None:
         work, through = map(np.asarray, tiles_of(np.array(sizes, np.int32)))
