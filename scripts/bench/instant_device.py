@@ -32,13 +32,16 @@ class ArrivingArray:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """What steps take: each at least `step`, and one with prompts `prompt_token` for each of their tokens."""
+    """What steps take: `step`, and more for each sequence that decodes; prompts `prompt_token` for each of their tokens,
+    if that is more."""
 
     step: float = 0.0
+    sequence: float = 0.0
     prompt_token: float = 0.0
 
     def of(self, plan: StepPlan) -> float:
-        return max(self.step, self.prompt_token * sum(chunk.num_tokens for chunk in plan.prefills))
+        decodes = self.step + self.sequence * len(plan.decodes)
+        return max(decodes, self.prompt_token * sum(chunk.num_tokens for chunk in plan.prefills))
 
 
 class InstantRunner(Runner):

@@ -20,7 +20,8 @@ from server.args import ServerArgs
 class DeviceArgs:
     _argument_group_name: ClassVar[str] = "device"
 
-    step_ms: float = option(11.5, "time that every step takes at least")
+    step_ms: float = option(11.5, "time that a step takes")
+    sequence_ms: float = option(0.0, "time that each sequence adds to it")
     prompt_ms: float = option(0.0, "time that 8,192 tokens of prompts take")
 
 
@@ -55,7 +56,8 @@ async def main() -> int:
     set_up_logging("warning")
     config = EngineConfig(model=model, scheduler=scheduler)
     watching = asyncio.create_task(watch())
-    parts = instant_parts(config, StepSeconds(device.step_ms / 1e3, device.prompt_ms / 8192e3))
+    seconds = StepSeconds(device.step_ms / 1e3, device.sequence_ms / 1e3, device.prompt_ms / 8192e3)
+    parts = instant_parts(config, seconds)
     status = await serve(args, config, listen(args.host, args.port), parts)
     watching.cancel()
     return status
