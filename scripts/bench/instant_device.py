@@ -32,8 +32,8 @@ class ArrivingArray:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """What steps take: `step`, and more for each sequence that decodes; prompts `prompt_token` for each of their tokens,
-    if that is more."""
+    """What steps take: `step`, and more for each sequence that decodes; prompts, if that is more, `prompt_token` for
+    each of their tokens."""
 
     step: float = 0.0
     sequence: float = 0.0
