@@ -8,7 +8,7 @@ multiplies. The G query heads that share a key/value head are the first rows of 
 for nothing and never stored.
 
 A second kernel merges the splits. In large batches there is none: a worker has a run of items, by their tiles as long
-as any other's of its wave of CTAs. If it has a sequence's first split, it merges those that follow as it goes, and
+as any other's of its wave of CTAs, or whole sequences and heads where there are about as many as workers. If it has a sequence's first split, it merges those that follow as it goes, and
 writes the result if it has all of them; of several workers that have some, the last to be done merges what they found.
 Which splits are merged where does not change a bit: they are added in one order, and their maxima are rounded to whole
 numbers, so that what aligns them is a power of two, an exact factor.
@@ -22,13 +22,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from kernels_pallas.attention import new_arrivals
 from kernels_pallas.gpu.arrivals import add_to
 from kernels_pallas.gpu.decode_inputs import Projected, Queries, empty, whole
-from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_evenly, share_in_waves
 from kernels_pallas.gpu.merge import Sinks, Unfinished, clear, merge, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
@@ -111,11 +110,11 @@ def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, arrivals, G,
     cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, logits.keywords["window"], config)
     work, count = list_work(cuts, kv_lens)
     # With fewer, few workers have several splits of a sequence, and seeing who is last costs more than it saves.
-    in_runs = config.runs_from * config.workers * num_sms() < S * K
-    waves = config.waves if in_runs else (1,)
-    ctas = len(waves) * num_sms()
-    lengths = np.tile(np.repeat(waves, num_sms()), config.workers)
-    shares = share_work(cuts, K, lengths) if in_runs else count
+    workers = config.workers * num_sms()
+    in_runs, in_waves = config.runs_from * workers < S * K, config.waves_from * workers < S * K
+    share = share_in_waves if in_waves else share_evenly
+    shares = share(cuts, K, config, num_sms()) if in_runs else count
+    ctas = (len(config.waves) if in_waves else 1) * num_sms()
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)
     parts = [(S, K, cuts.most, stored * D), *[(S, K, cuts.most, stored)] * 2]

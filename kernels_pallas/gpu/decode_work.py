@@ -22,23 +22,28 @@ class DecodeConfig:
       max_splits: ... and into at most this many of them.
       workers: pairs of a compute and a memory warpgroup in one CTA, one CTA to an SM.
       stages: tiles of keys, and of values, in flight for each worker.
-      runs_from: workers have runs of items if there are more than so many sequences and key/value heads for each.
-      waves: where workers have runs of items, how these are in length, those of as many CTAs as there are SMs each. The
-        fastest SM is done in 70% of the slowest's time, and the hardware gives it the next CTA.
+      runs_from: workers have runs of items if there are more than so many sequences and key/value heads for each ...
+      waves_from: ... and there are several waves of CTAs from so many on.
+      waves: how runs are in length, those of as many CTAs as there are SMs each. The fastest SM is done in 70% of the
+        slowest's time, and the hardware gives it the next CTA.
+      alike: without waves, sequences are not cut between workers if none is so many times as long as the mean.
     """
 
     min_split: int
     max_splits: int
     workers: int
     stages: int
-    runs_from: float = 1.4
+    runs_from: float = 0.9
+    waves_from: float = 1.4
     waves: tuple[int, ...] = (22, 2, 1)
+    alike: float = 1.2
 
     @classmethod
     def of(cls, head_dim: int) -> "DecodeConfig":
         """Fills the 227 KB of an H100's shared memory: a worker needs ROWS queries and its stages."""
         workers, stages = {64: (2, 6), 128: (2, 3), 256: (1, 3)}[head_dim]
-        return cls(min_split=256, max_splits=32, workers=workers, stages=stages)
+        runs_from = 0.9 if workers == 2 else cls.waves_from  # with one, half a batch would keep half of the SMs busy
+        return cls(min_split=256, max_splits=32, workers=workers, stages=stages, runs_from=runs_from)
 
 
 class Cuts(NamedTuple):
@@ -91,15 +96,39 @@ def _before(counts):
     return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
 
 
+def share_in_waves(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
+    """share_work's, for the workers of each wave of CTAs."""
+    return share_work(cuts, K, np.tile(np.repeat(config.waves, sms), config.workers))
+
+
+def share_evenly(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
+    """As share_work, for workers of equal weights; of sequences that are alike each has whole ones, and some may have
+    none: copies need not all workers."""
+    workers = config.workers * sms
+    tiles, is_there = pl.cdiv(cuts.tokens, TILE), cuts.splits > 0
+    pairs = jnp.sum(is_there) * K
+    each = pl.cdiv(pairs, workers)
+    before = jnp.minimum(jnp.arange(workers + 1) * each, pairs)
+    whole = _items_before(cuts, K, is_there.astype(jnp.int32), before)
+    alike = jnp.max(tiles) * jnp.sum(is_there) <= config.alike * jnp.sum(tiles)
+    return jnp.where(alike, whole, share_work(cuts, K, [1] * workers))
+
+
 def share_work(cuts: Cuts, K: int, weights):
     """int32[workers + 1]: worker w has the items from number w of these up to number w + 1. Items are ordered by
     sequence, head and split; an item is of the worker in whose share of all tiles, by the workers' weights, its middle
     lies."""
-    S = cuts.splits.shape[0]
-    tiles, size = pl.cdiv(cuts.tokens, TILE), cuts.size // TILE
-    before, splits_before = _before(tiles) * K, _before(cuts.splits) * K
-    total, weight = jnp.sum(tiles) * K, np.cumsum([0, *weights])
+    tiles, weight = pl.cdiv(cuts.tokens, TILE), np.cumsum([0, *weights])
+    total = jnp.sum(tiles) * K
     share = total // weight[-1] * weight + total % weight[-1] * weight // weight[-1]
+    return _items_before(cuts, K, tiles, share)
+
+
+def _items_before(cuts: Cuts, K: int, tiles, share):
+    """int32[any]: how many items have their middles before each share, int32[any], of all tiles, of which each sequence
+    has so many for each of its K heads."""
+    S = cuts.splits.shape[0]
+    size, before, splits_before = cuts.size // TILE, _before(tiles) * K, _before(cuts.splits) * K
     seq = jnp.sum((before + tiles * K)[None, :] <= share[:, None], axis=1)
     tiles, size, splits, before, splits_before = (
         x.at[seq].get(mode="fill", fill_value=fill)

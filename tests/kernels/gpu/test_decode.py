@@ -75,9 +75,22 @@ def test_large_batches_are_merged_as_they_go(options):
     assert paged.error(out, paged.expected_decode(q, cache, kv_lens, tables, **options)) < 1e-2
 
 
-def test_result_of_a_sequence_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("lens", [[900 + 7 * i for i in range(32)], [1000, 0] * 16, (LENS * 3)[:32]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[5]], ids=str)
+def test_batches_of_about_as_many_heads_as_workers(lens, options):
+    """Each worker has a whole sequence and head, or an equal share if lengths differ."""
+    q, cache, kv_lens, tables, options = case(6, *SHAPES[1], jnp.bfloat16, lens=lens, **options)
+    jnp.full((1 << 28,), jnp.nan).block_until_ready()
+    out = decode_attention(q, *cache, kv_lens, tables, **options)
+    assert paged.error(out, paged.expected_decode(q, cache, kv_lens, tables, **options)) < 1e-2
+    assert not np.asarray(out)[np.asarray(lens) == 0].any()
+
+
+@pytest.mark.parametrize("count", [3, 9], ids=["shares", "waves"])
+def test_result_of_a_sequence_does_not_depend_on_its_neighbours(count):
     """In a batch whose splits are merged on the way, and alone, where they are not."""
-    q, cache, kv_lens, tables, options = case(3, *SHAPES[0], jnp.bfloat16, lens=LENS * 9, sinks=True)
+    lens = (LENS * count)[: 32 if count == 3 else None]
+    q, cache, kv_lens, tables, options = case(3, *SHAPES[0], jnp.bfloat16, lens=lens, sinks=True)
     together = decode_attention(q, *cache, kv_lens, tables, **options)
     for s in range(len(LENS)):
         alone = decode_attention(q[s : s + 1], *cache, kv_lens[s : s + 1], tables[s : s + 1], **options)

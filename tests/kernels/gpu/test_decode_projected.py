@@ -77,6 +77,11 @@ def test_large_batches_are_merged_as_they_go(options):
     check(*case(24, 12, 64, 16, 2, normed=True, lens=LENS * 6, **options))
 
 
+@pytest.mark.parametrize("lens", [[900 + 7 * i for i in range(32)], (LENS * 3)[:32]], ids=["alike", "different"])
+def test_batches_of_about_as_many_heads_as_workers(lens):
+    check(*case(*SHAPES[0][:4], 2, normed=True, lens=lens))
+
+
 def check(attend, arguments, place, options):
     out, cache = expected(arguments, place, options)
     jnp.full((1 << 28,), jnp.nan).block_until_ready()  # what is left unwritten is then NaN
