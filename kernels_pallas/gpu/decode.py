@@ -8,10 +8,11 @@ multiplies. The G query heads that share a key/value head are the first rows of 
 for nothing and never stored.
 
 A second kernel merges the splits. In large batches there is none: a worker has a run of items, by their tiles as long
-as any other's of its wave of CTAs, or whole sequences and heads where there are about as many as workers. If it has a sequence's first split, it merges those that follow as it goes, and
-writes the result if it has all of them; of several workers that have some, the last to be done merges what they found.
-Which splits are merged where does not change a bit: they are added in one order, and their maxima are rounded to whole
-numbers, so that what aligns them is a power of two, an exact factor.
+as any other's of its wave of CTAs, or whole sequences and heads where there are about as many as workers. If it has a
+sequence's first split, it merges those that follow as it goes, and writes the result if it has all of them; of several
+workers that have some, the last to be done merges what they found. Which splits are merged where does not change a bit:
+they are added in one order, and their maxima are rounded to whole numbers, so that what aligns them is a power of two,
+an exact factor.
 """
 
 from dataclasses import dataclass
