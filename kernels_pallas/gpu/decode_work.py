@@ -23,10 +23,10 @@ class DecodeConfig:
       workers: pairs of a compute and a memory warpgroup in one CTA, one CTA to an SM.
       stages: tiles of keys, and of values, in flight for each worker.
       runs_from: workers have runs of items if there are more than so many sequences and key/value heads for each ...
-      waves_from: ... and there are several waves of CTAs from so many on.
-      waves: how runs are in length, those of as many CTAs as there are SMs each. The fastest SM is done in 70% of the
-        slowest's time, and the hardware gives it the next CTA.
-      alike: without waves, sequences are not cut between workers if none is so many times as long as the mean.
+      whole_until: ... and of up to so many, which have to be alike, each worker has a whole one, or none.
+      alike: sequences are if none is so many times as long as the mean.
+      waves: else, how runs are in length, those of as many CTAs as there are SMs each. The fastest SM is done in 70% of
+        the slowest's time, and the hardware gives it the next CTA.
     """
 
     min_split: int
@@ -34,15 +34,15 @@ class DecodeConfig:
     workers: int
     stages: int
     runs_from: float = 0.9
-    waves_from: float = 1.4
+    whole_until: float = 1.4
+    alike: float = 1.25
     waves: tuple[int, ...] = (22, 2, 1)
-    alike: float = 1.2
 
     @classmethod
     def of(cls, head_dim: int) -> "DecodeConfig":
         """Fills the 227 KB of an H100's shared memory: a worker needs ROWS queries and its stages."""
         workers, stages = {64: (2, 6), 128: (2, 3), 256: (1, 3)}[head_dim]
-        runs_from = 0.9 if workers == 2 else cls.waves_from  # with one, half a batch would keep half of the SMs busy
+        runs_from = 0.9 if workers == 2 else cls.whole_until  # with one, half a batch would keep half of the SMs busy
         return cls(min_split=256, max_splits=32, workers=workers, stages=stages, runs_from=runs_from)
 
 
@@ -96,22 +96,20 @@ def _before(counts):
     return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
 
 
-def share_in_waves(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
-    """share_work's, for the workers of each wave of CTAs."""
-    return share_work(cuts, K, np.tile(np.repeat(config.waves, sms), config.workers))
-
-
-def share_evenly(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
-    """As share_work, for workers of equal weights; of sequences that are alike each has whole ones, and some may have
-    none: copies need not all workers."""
-    workers = config.workers * sms
-    tiles, is_there = pl.cdiv(cuts.tokens, TILE), cuts.splits > 0
-    pairs = jnp.sum(is_there) * K
-    each = pl.cdiv(pairs, workers)
-    before = jnp.minimum(jnp.arange(workers + 1) * each, pairs)
-    whole = _items_before(cuts, K, is_there.astype(jnp.int32), before)
-    alike = jnp.max(tiles) * jnp.sum(is_there) <= config.alike * jnp.sum(tiles)
-    return jnp.where(alike, whole, share_work(cuts, K, [1] * workers))
+def share_out(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
+    """share_work's, for the workers of each wave of CTAs; or, if these are enough and all sequences alike, those of the
+    first wave have a whole sequence and head each, so that nothing has to be merged. That copies need not all workers
+    lets some have none."""
+    weights = np.tile(np.repeat(config.waves, sms), config.workers)
+    shares, workers = share_work(cuts, K, weights), config.workers * sms
+    if cuts.splits.shape[0] * K > config.whole_until * workers:
+        return shares
+    is_first = np.tile(np.repeat([1, *[0] * (len(config.waves) - 1)], sms), config.workers)
+    tiles, is_there = pl.cdiv(cuts.tokens, TILE), (cuts.splits > 0).astype(jnp.int32)
+    count = jnp.sum(is_there)
+    whole = _items_before(cuts, K, is_there, jnp.minimum(np.cumsum([0, *is_first]), count * K))
+    alike = (count * K <= workers) & (count * jnp.max(tiles) <= config.alike * jnp.sum(tiles))
+    return jnp.where(alike, whole, shares)
 
 
 def share_work(cuts: Cuts, K: int, weights):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, list_work, share_evenly, share_in_waves, share_work
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, list_work, share_out, share_work
 
 S, TOKENS = 9, 40_000
 lengths = st.lists(st.one_of(st.just(0), st.integers(1, 700), st.integers(1, TOKENS)), min_size=S, max_size=S)
@@ -50,37 +50,31 @@ def test_every_split_has_one_worker_and_workers_have_their_shares(K, weights, wi
     check()
 
 
-@pytest.mark.parametrize(("K", "sms"), [(1, 3), (8, 132), (8, 20), (3, 5)])
+@pytest.mark.parametrize(("K", "sms"), [(1, 5), (8, 132), (8, 30), (3, 15), (8, 5)])
 def test_sequences_that_are_alike_are_not_cut_between_workers(K, sms):
-    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3, waves=(5, 1))
 
     @jax.jit
     def shared(kv_lens):
         cuts = Cuts.of(kv_lens, TOKENS, None, config)
-        return cuts, share_evenly(cuts, K, config, sms), share_work(cuts, K, [1] * 2 * sms)
+        return cuts, share_out(cuts, K, config, sms), share_work(cuts, K, [5] * sms + [1] * sms + [5] * sms + [1] * sms)
 
     @given(lengths, st.integers(1, TOKENS // 2), st.booleans())
     def check(noise, length, alike):
         lens = [length + x % (length // 10 + 1) if x else 0 for x in noise] if alike else noise
         cuts, shares, by_tiles = jax.tree.map(np.asarray, shared(jnp.asarray(lens, jnp.int32)))
-        assert shares[0] == 0 and shares[-1] == cuts.splits.sum() * K and (np.diff(shares) >= 0).all()
-        begins = np.cumsum([0, *np.repeat(cuts.splits, K)])
-        there = -(-np.asarray([x for x in lens if x]) // TILE)
-        if len(there) and there.max() > config.alike * there.mean():
+        tiles = -(-np.asarray([x for x in lens if x]) // TILE)
+        count = len(tiles) * K
+        enough = count <= 2 * sms and config.whole_until * 2 * sms >= S * K
+        if not enough or len(tiles) * tiles.max(initial=0) > config.alike * tiles.sum():
             assert (shares == by_tiles).all()
             return
-        assert np.isin(shares, begins).all()  # nothing is cut
-        most = -(-len(there) * K // (2 * sms))
-        assert all(len(set(begins[(begins >= a) & (begins < b)])) <= most for a, b in pairwise(shares))
+        begins = np.cumsum([0, *np.repeat(cuts.splits[cuts.splits > 0], K)])
+        first, rest = np.diff(shares).reshape(2, 2, sms).swapaxes(0, 1)  # workers of a CTA, waves, SMs
+        assert not rest.any() and first.sum() == begins[-1]
+        assert (first.flat[:count] == np.diff(begins)).all()
 
     check()
-
-
-def test_waves_have_their_shares():
-    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3, waves=(3, 1))
-    cuts = Cuts.of(jnp.full(64, 1000), TOKENS, None, config)
-    items = np.diff(share_in_waves(cuts, 8, config, 4)).reshape(2, 2, 4)  # workers of a CTA, waves, SMs
-    assert items.sum() == 64 * 8 * 4 and (items[:, 0] == 192).all() and (items[:, 1] == 64).all()
 
 
 def test_the_list_of_one_sequence_is_as_among_others():
