@@ -24,7 +24,7 @@ class DecodeConfig:
       stages: tiles of keys, and of values, in flight for each worker.
       runs_from: workers have runs of items if there are more than so many sequences and key/value heads for each ...
       whole_until: ... and of up to so many, which have to be alike, each worker has a whole one, or none.
-      alike: sequences are if none is so many times as long as the mean.
+      alike: sequences are if none is so many tiles longer than the mean, which a worker would read with few beside it.
       waves: else, how runs are in length, those of as many CTAs as there are SMs each. The fastest SM is done in 70% of
         the slowest's time, and the hardware gives it the next CTA.
     """
@@ -35,7 +35,7 @@ class DecodeConfig:
     stages: int
     runs_from: float = 0.9
     whole_until: float = 1.4
-    alike: float = 1.25
+    alike: int = 8
     waves: tuple[int, ...] = (22, 2, 1)
 
     @classmethod
@@ -108,7 +108,7 @@ def share_out(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
     tiles, is_there = pl.cdiv(cuts.tokens, TILE), (cuts.splits > 0).astype(jnp.int32)
     count = jnp.sum(is_there)
     whole = _items_before(cuts, K, is_there, jnp.minimum(np.cumsum([0, *is_first]), count * K))
-    alike = (count * K <= workers) & (count * jnp.max(tiles) <= config.alike * jnp.sum(tiles))
+    alike = (count * K <= workers) & (count * (jnp.max(tiles) - config.alike) <= jnp.sum(tiles))
     return jnp.where(alike, whole, shares)
 
 

@@ -61,12 +61,12 @@ def test_sequences_that_are_alike_are_not_cut_between_workers(K, sms):
 
     @given(lengths, st.integers(1, TOKENS // 2), st.booleans())
     def check(noise, length, alike):
-        lens = [length + x % (length // 10 + 1) if x else 0 for x in noise] if alike else noise
+        lens = [length + x % (8 * TILE) if x else 0 for x in noise] if alike else noise
         cuts, shares, by_tiles = jax.tree.map(np.asarray, shared(jnp.asarray(lens, jnp.int32)))
         tiles = -(-np.asarray([x for x in lens if x]) // TILE)
         count = len(tiles) * K
         enough = count <= 2 * sms and config.whole_until * 2 * sms >= S * K
-        if not enough or len(tiles) * tiles.max(initial=0) > config.alike * tiles.sum():
+        if not enough or len(tiles) * (tiles.max(initial=0) - config.alike) > tiles.sum():
             assert (shares == by_tiles).all()
             return
         begins = np.cumsum([0, *np.repeat(cuts.splits[cuts.splits > 0], K)])
