@@ -28,7 +28,7 @@ from jax import lax
 from kernels_pallas.attention import new_arrivals
 from kernels_pallas.gpu.arrivals import add_to
 from kernels_pallas.gpu.decode_inputs import Projected, Queries, empty, whole
-from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_out
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, Item, list_work, share_work
 from kernels_pallas.gpu.merge import Sinks, Unfinished, clear, merge, merge_splits, reciprocal, stored_rows
 from kernels_pallas.gpu.rows import (
     LOG2E,
@@ -112,7 +112,7 @@ def _call(make_inputs, inputs, cache, kv_lens, block_tables, sinks, arrivals, G,
     work, count = list_work(cuts, kv_lens)
     # With fewer, few workers have several splits of a sequence, and seeing who is last costs more than it saves.
     in_runs = config.runs_from * config.workers * num_sms() < S * K
-    shares = share_out(cuts, K, config, num_sms()) if in_runs else count
+    shares = share_work(cuts, K, config, num_sms()) if in_runs else count
     ctas = (len(config.waves) if in_runs else 1) * num_sms()
     stored = stored_rows(G, D)
     sinks = None if sinks is None else Sinks.of(sinks)

@@ -96,30 +96,30 @@ def _before(counts):
     return jnp.sum(jnp.where(jnp.arange(S)[:, None] > jnp.arange(S)[None, :], counts[None, :], 0), axis=1)
 
 
-def share_out(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
-    """share_work's, for the workers of each wave of CTAs; or, if these are enough and all sequences alike, those of the
-    first wave have a whole sequence and head each, so that nothing has to be merged. That copies need not all workers
-    lets some have none."""
-    weights = np.tile(np.repeat(config.waves, sms), config.workers)
-    shares, workers = share_work(cuts, K, weights), config.workers * sms
-    if cuts.splits.shape[0] * K > config.whole_until * workers:
-        return shares
-    is_first = np.tile(np.repeat([1, *[0] * (len(config.waves) - 1)], sms), config.workers)
-    tiles, is_there = pl.cdiv(cuts.tokens, TILE), (cuts.splits > 0).astype(jnp.int32)
-    count = jnp.sum(is_there)
-    whole = _items_before(cuts, K, is_there, jnp.minimum(np.cumsum([0, *is_first]), count * K))
-    alike = (count * K <= workers) & (count * (jnp.max(tiles) - config.alike) <= jnp.sum(tiles))
-    return jnp.where(alike, whole, shares)
+def share_work(cuts: Cuts, K: int, config: DecodeConfig, sms: int):
+    """int32[workers + 1], of the workers of all waves of CTAs: worker w has the items from number w of these up to
+    number w + 1. Items are ordered by sequence, head and split.
 
-
-def share_work(cuts: Cuts, K: int, weights):
-    """int32[workers + 1]: worker w has the items from number w of these up to number w + 1. Items are ordered by
-    sequence, head and split; an item is of the worker in whose share of all tiles, by the workers' weights, its middle
-    lies."""
-    tiles, weight = pl.cdiv(cuts.tokens, TILE), np.cumsum([0, *weights])
+    An item is of the worker in whose share of all tiles its middle lies. Or, if the first wave's workers are enough and
+    all sequences alike, each of them has a whole sequence and head, so that nothing has to be merged, or none: copies
+    need not all workers.
+    """
+    workers, first_wave = config.workers * sms, [1, *[0] * (len(config.waves) - 1)]
+    tiles, weight = pl.cdiv(cuts.tokens, TILE), _before_each(config.waves, config, sms)
     total = jnp.sum(tiles) * K
     share = total // weight[-1] * weight + total % weight[-1] * weight // weight[-1]
+    if cuts.splits.shape[0] * K <= config.whole_until * workers:
+        is_there = (cuts.splits > 0).astype(jnp.int32)
+        count = jnp.sum(is_there)
+        alike = (count * K <= workers) & (count * (jnp.max(tiles) - config.alike) <= jnp.sum(tiles))
+        whole = jnp.minimum(_before_each(first_wave, config, sms), count * K)
+        tiles, share = jnp.where(alike, is_there, tiles), jnp.where(alike, whole, share)  # as if each were one tile
     return _items_before(cuts, K, tiles, share)
+
+
+def _before_each(of_wave, config: DecodeConfig, sms: int):
+    """The sums before each worker, and of all, of what the workers of a wave have each."""
+    return np.cumsum([0, *np.tile(np.repeat(of_wave, sms), config.workers)])
 
 
 def _items_before(cuts: Cuts, K: int, tiles, share):

@@ -1,6 +1,6 @@
 """The decode kernel's list of work and how workers share it, which is plain jnp: on any machine."""
 
-from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 
 import jax
@@ -10,21 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, list_work, share_out, share_work
+from kernels_pallas.gpu.decode_work import TILE, Cuts, DecodeConfig, list_work, share_work
 
 S, TOKENS = 9, 40_000
 lengths = st.lists(st.one_of(st.just(0), st.integers(1, 700), st.integers(1, TOKENS)), min_size=S, max_size=S)
 
 
 @pytest.mark.parametrize("window", [None, 100, 3000])
-@pytest.mark.parametrize(("K", "weights"), [(1, [1] * 264), (8, [22] * 264 + [2] * 264 + [1] * 264), (3, [3, 1] * 4)])
-def test_every_split_has_one_worker_and_workers_have_their_shares(K, weights, window):
-    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+@pytest.mark.parametrize(("K", "sms", "waves"), [(1, 132, (1,)), (8, 132, (22, 2, 1)), (3, 2, (3, 1))])
+def test_every_split_has_one_worker_and_workers_have_their_shares(K, sms, waves, window):
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3, whole_until=0, waves=waves)
+    weights = [weight for weight in waves for _ in range(sms)] * config.workers
 
     @jax.jit
     def shared(kv_lens):
         cuts = Cuts.of(kv_lens, TOKENS, window, config)
-        return cuts, *list_work(cuts, kv_lens), share_work(cuts, K, weights)
+        return cuts, *list_work(cuts, kv_lens), share_work(cuts, K, config, sms)
 
     @given(lengths)
     def check(lens):
@@ -57,7 +58,7 @@ def test_sequences_that_are_alike_are_not_cut_between_workers(K, sms):
     @jax.jit
     def shared(kv_lens):
         cuts = Cuts.of(kv_lens, TOKENS, None, config)
-        return cuts, share_out(cuts, K, config, sms), share_work(cuts, K, [5] * sms + [1] * sms + [5] * sms + [1] * sms)
+        return cuts, *(share_work(cuts, K, c, sms) for c in (config, replace(config, whole_until=0)))
 
     @given(lengths, st.integers(1, TOKENS // 2), st.booleans())
     def check(noise, length, alike):
@@ -86,6 +87,6 @@ def test_the_list_of_one_sequence_is_as_among_others():
 
 
 def test_one_worker_has_all():
-    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+    config = DecodeConfig(min_split=256, max_splits=32, workers=1, stages=3, waves=(1,))
     cuts = Cuts.of(jnp.asarray([1000, 0, 3]), TOKENS, None, config)
-    assert partial(share_work, cuts, 4, [1])().tolist() == [0, 4 * 4 + 4]
+    assert share_work(cuts, 4, config, 1).tolist() == [0, 4 * 4 + 4]
