@@ -1,9 +1,11 @@
 """The engine's side of the server: the engine, the one metrics page, and who is being answered."""
 
 import asyncio
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paged.config import EngineConfig
@@ -55,6 +57,12 @@ class EngineHost:
         from paged.async_engine import AsyncEngine
 
         return AsyncEngine(self.config, [self.metrics], self._parts)
+
+    @cached_property
+    def packed_info(self) -> bytes:
+        """The loaded engine's EngineInfo, pickled once for all front ends: 0.1 s with a large tokenizer."""
+        assert self.engine is not None
+        return pickle.dumps(self.engine.info)
 
     async def shutdown(self, timeout: float) -> bool:
         """Stops the engine; False if that takes longer than `timeout` seconds."""

@@ -45,7 +45,7 @@ class FrontLink:
         if self._thread is not None:
             return
         self._thread = thread
-        self.send("loaded", pickle.dumps(thread.info))  # see EngineLink._unpack
+        self.send("loaded", self._host.packed_info)  # see EngineLink._unpack
         thread.connect(self)
 
     def send(self, *message: Any) -> None:
