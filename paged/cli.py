@@ -3,15 +3,14 @@
 import argparse
 import dataclasses
 import difflib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from paged.errors import InvalidRequestError
+from paged.no_pytorch import keep_pytorch_out
 
-# transformers says on import that there is no PyTorch; this engine has no use for it.
-logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+keep_pytorch_out()  # a command line has its process for itself
 
 from transformers.hf_argparser import HfArgumentParser  # noqa: E402
 

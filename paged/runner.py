@@ -28,6 +28,7 @@ from paged.programs import (
 from paged.request import Request
 from paged.runner_shape import RunnerShape
 from paged.sampler import VARIANTS, SampleOutput, Variant
+from paged.sampling_params import SamplingParams
 
 # A product that has no kernel of ours is cuBLAS's, in the form that it takes for the fastest. XLA would compile many
 # forms of each and choose by time, which takes long, needs the device, and ends not the same at every start.
@@ -40,6 +41,7 @@ LOOPS_IN_GRAPHS = {
 ADMIT_ROWS = 8  # requests whose slots one call writes
 SCORE_ROWS = 64  # prompt positions whose logprobs one call computes
 CLEARED_BLOCKS = 64  # by one call
+WARM_UPS = 2  # a GPU loads a program when it first runs, and records its graphs then and once more
 
 
 class PackedStep(NamedTuple):
@@ -129,6 +131,29 @@ class Runner:
         """From now on it can execute."""
         self.params, self._head = params, head_params(params)
         self.reset_state()
+
+    def warm_up(self) -> None:
+        """Runs every program for nobody, on padding, so that what its first runs load and record is there for the first
+        requests. Only the scratch slot and the padding block are written to."""
+        nobody, scratch = StepPlan([], [], []), self.shape.max_num_seqs
+        for _ in range(WARM_UPS):
+            for shape, variant in self._steps_and_variants():
+                self._execute(PackedStep(nobody, shape, variant, pack(nobody, shape, scratch)))
+            for shape in self._chains:
+                step = PackedStep(nobody, shape, "random", pack(nobody, shape, scratch))
+                self._execute_chain([step] * self.shape.chain)
+            self._write_tables([])
+            self._write_full_row(scratch, sampler.full_row(SamplingParams(), [], [], [], self.shape.vocab_size))
+            self._score(self.params, self.state.unfinished, self._send(np.zeros((2, SCORE_ROWS), np.int32)))
+            self.clear_blocks([0])
+        jax.block_until_ready(self.state)
+
+    def _steps_and_variants(self) -> list[tuple[StepShape, Variant]]:
+        """Each step and each sampling is in one of them."""
+        after = {self.shape.sampled_rows(step): step for step in reversed(self.shape.steps)}
+        cheapest = self.shape.variants[0]
+        samplings = [(after[S], variant) for S, variant in self.shape.samplings if variant != cheapest]
+        return [(step, cheapest) for step in self.shape.steps] + samplings
 
     def lowerings(self) -> dict[str, Lowering]:
         """Of every program, by name; those that take long to compile come first."""
@@ -274,15 +299,7 @@ class Runner:
     def _write_slots(self, admitted: list[Request]) -> None:
         s = self.shape
         for first in range(0, len(admitted), ADMIT_ROWS):
-            packed = np.zeros((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), np.int32)
-            packed[:, 0] = s.max_num_seqs
-            for row, request in zip(packed, admitted[first : first + ADMIT_ROWS], strict=False):
-                row[: sampler.PACKED_WIDTH] = sampler.pack_scalars(
-                    request.slot, request.sampling_params, request.seed, request.num_prompt_tokens
-                )
-                row[sampler.PACKED_WIDTH :][: len(request.block_table)] = request.block_table
-            tables, sampling = self._admit(self.state.block_tables, self.state.sampling, self._send(packed))
-            self.state = self.state._replace(block_tables=tables, sampling=sampling)
+            self._write_tables(admitted[first : first + ADMIT_ROWS])
         for request in admitted:
             if sampler.needs_full_row(request.sampling_params):
                 arrays = sampler.full_row(
@@ -292,9 +309,24 @@ class Runner:
                     request.stop_token_ids,
                     s.vocab_size,
                 )
-                slot = self._send(np.int32(request.slot))
-                sampling = self._admit_full(self.state.sampling, slot, self._send(arrays))
-                self.state = self.state._replace(sampling=sampling)
+                self._write_full_row(request.slot, arrays)
+
+    def _write_tables(self, requests: Sequence[Request]) -> None:
+        """Block tables and scalars of up to ADMIT_ROWS requests."""
+        s = self.shape
+        packed = np.zeros((ADMIT_ROWS, sampler.PACKED_WIDTH + s.blocks_per_seq), np.int32)
+        packed[:, 0] = s.max_num_seqs
+        for row, request in zip(packed, requests, strict=False):
+            row[: sampler.PACKED_WIDTH] = sampler.pack_scalars(
+                request.slot, request.sampling_params, request.seed, request.num_prompt_tokens
+            )
+            row[sampler.PACKED_WIDTH :][: len(request.block_table)] = request.block_table
+        tables, sampling = self._admit(self.state.block_tables, self.state.sampling, self._send(packed))
+        self.state = self.state._replace(block_tables=tables, sampling=sampling)
+
+    def _write_full_row(self, slot: int, arrays: Any) -> None:
+        sampling = self._admit_full(self.state.sampling, self._send(np.int32(slot)), self._send(arrays))
+        self.state = self.state._replace(sampling=sampling)
 
     def _score_prompts(self, plan: StepPlan) -> Iterator[tuple[Request, range, SampleOutput]]:
         """Logprobs of the prompt tokens that follow this step's, for the requests that ask for them."""

@@ -127,6 +127,8 @@ def build(config: EngineConfig) -> Parts:
         tokenizer.result()
     loaded = time.monotonic()
     runner.start(params)
+    if jax.default_backend() == "gpu":  # elsewhere the first run of a program is like any other
+        runner.warm_up()
     memory = ledger(runner, config.cache)
     logger.info("%s, %s attention, %s", jax.devices()[0].device_kind, backend, jnp.dtype(dtype).name)
     logger.info("memory: %s", memory)

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 import uvicorn
 
 from paged.config import EngineConfig
+from paged.no_pytorch import keep_pytorch_out
 from server.app import build_app
 from server.args import ServerArgs
 from server.link import EngineLink
@@ -82,6 +83,7 @@ async def serve_http(
 
 def import_tokenizers() -> None:
     """What the tokenizer that comes from the engine needs, which takes seconds, while the engine loads."""
+    keep_pytorch_out()
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 

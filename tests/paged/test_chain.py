@@ -99,3 +99,30 @@ def test_a_failed_call_fails_all_its_requests(folder):
     assert not engine.has_unfinished_requests()
     assert len(tokens(run(engine, asked)["a"])) == 40
     engine.close()
+
+
+def test_warming_up_runs_every_program_and_changes_no_token(folder):
+    engine, _ = chained(folder)
+    runner, asked = engine.runner, requests(1, 7)
+    expected, ran = run(engine, asked), set()
+    programs = {"admit": "_admit", "full row": "_admit_full", "score": "_score", "clear": "_clear"}
+
+    def noted(key, program):
+        def call(*args):
+            ran.add(key)
+            return program(*args)
+
+        return call
+
+    for key, name in programs.items():
+        setattr(runner, name, noted(key, getattr(runner, name)))
+    for group in (runner._forwards, runner._samplings, runner._chains):
+        group |= {key: noted((id(group), key), program) for key, program in group.items()}
+    engine.compiles.count = 0
+    runner.warm_up()
+    count = len(runner._forwards) + len(runner._samplings) + len(runner._chains)
+    assert len(ran) == len(programs) + count and engine.compiles.count == 0
+    again = run(engine, {f"again {name}": request for name, request in asked.items()})
+    for name, deltas in expected.items():
+        assert tokens(again[f"again {name}"]) == tokens(deltas)
+    engine.close()
