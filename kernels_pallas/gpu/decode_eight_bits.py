@@ -66,7 +66,7 @@ def decode_eight_bits(q, cache, kv_lens, block_tables, sinks=None, *, scale, win
     G = H // K
     config = config or config_of(D)
     cuts = Cuts.of(kv_lens, block_tables.shape[1] * N, window, config)
-    work, count = list_work(cuts, kv_lens)
+    work, count = list_work(cuts, kv_lens, short_last=True)
     stored = stored_rows(G, D)
     logits = partial(logits_of, axis=0, scale=scale, window=window, soft_cap=soft_cap)
     found = plgpu.kernel(
@@ -105,7 +105,7 @@ def _scratch(config: DecodeConfig, R: int, D: int, N: int, dtype, cache_dtype) -
 
 @dataclass(frozen=True)
 class Items:
-    """The items of all workers, each of which has every so many, by sequence, split and head.
+    """The items of all workers, each of which has every so many, by row of the list and head.
 
     Attributes:
       work: int32[W, 8], of list_work.

@@ -66,13 +66,15 @@ class Cuts(NamedTuple):
         return cls(start, tokens, size, pl.cdiv(tokens, size).astype(jnp.int32), most)
 
 
-def list_work(cuts: Cuts, kv_lens):
-    """The items of work, before the split over key/value heads.
+def list_work(cuts: Cuts, kv_lens, short_last: bool = False):
+    """The items of work, before the split over key/value heads, by sequence and split. short_last: the last split of
+    each sequence, which may be short, comes behind all others, so that workers that have every so many items are done
+    at about the same time.
 
-    Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then the row of the sequence's
-    first split, how many it has, and the tokens of each but the last; and int32[1], how many rows are real. Those
-    behind them are zeros. They depend on nothing but lengths, so that one list serves all layers that have the same
-    window.
+    Returns int32[W, FIELDS], the sequence, the first token, the last + 1, kv_len, split, then how many splits come
+    before the sequence's first, how many it has, and the tokens of each but the last; and int32[1], how many rows are
+    real. Those behind them are zeros. They depend on nothing but lengths, so that one list serves all layers that have
+    the same window.
     """
     S = kv_lens.shape[0]
     before = _before(cuts.splits)
@@ -85,7 +87,13 @@ def list_work(cuts: Cuts, kv_lens):
     is_real, count = j < cuts.splits[:, None], jnp.sum(cuts.splits).astype(jnp.int32)[None]
     if S == 1:  # they are in their places: no scatter, which takes two kernels
         return jnp.where(is_real[0, :, None], rows[0], 0), count
-    place = jnp.where(is_real, before[:, None] + j, S * cuts.most)
+    place = before[:, None] + j
+    if short_last:
+        is_there = (cuts.splits > 0).astype(jnp.int32)
+        lasts = _before(is_there)
+        is_last = j == cuts.splits[:, None] - 1
+        place = jnp.where(is_last, count - jnp.sum(is_there) + lasts[:, None], place - lasts[:, None])
+    place = jnp.where(is_real, place, S * cuts.most)
     work = jnp.zeros((S * cuts.most, FIELDS), jnp.int32)
     return work.at[place].set(rows, mode="drop", unique_indices=True), count
 
@@ -160,7 +168,7 @@ class Item(NamedTuple):
 
     @classmethod
     def at(cls, work, i, heads: int) -> "Item":
-        """Number i of all items by sequence, split and head; work: int32[W, FIELDS] of list_work."""
+        """Number i of all items by row and head; work: int32[W, FIELDS] of list_work."""
         row = lax.div(i, jnp.int32(heads))
         seq, first, stop, length, split, _, splits, _ = (work[row, f] for f in range(FIELDS))
         return cls(seq, lax.rem(i, jnp.int32(heads)), split, splits, first, stop, length)

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP
+from kernels_pallas.gpu.rows import LOG2E, PARAMS, WARPGROUP, num_sms
 
 AT_ONCE = 2048  # values that are on their way
 
@@ -52,20 +52,22 @@ def merge_splits(found, splits, sinks: Sinks | None, G: int, dtype) -> jax.Array
     Returns:
       dtype[S, K, R * D], zeros where there are no splits.
     """
-    S, K, _, size = found[0].shape
+    (S, K, _, size), R = found[0].shape, found[1].shape[3]
+    # Where SMs would have no work, each takes as few rows as give a warpgroup a value for each thread.
+    rows = max(1, WARPGROUP * R // size) if num_sms() > S * K else R
     return plgpu.kernel(
-        partial(_merge_all, G=G),
+        partial(_merge_all, G=G, rows=rows),
         out_type=jax.ShapeDtypeStruct((S, K, size), dtype),
-        grid=(S, K),
-        grid_names=("sequence", "head"),
+        grid=(S, K, R // rows),
+        grid_names=("sequence", "head", "rows"),
         kernel_name="decode_attention_merge",
         compiler_params=PARAMS,
     )(found, splits, sinks or ())
 
 
-def _merge_all(found, splits, sinks, out, *, G):
-    seq, head = lax.axis_index("sequence"), lax.axis_index("head")
-    merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, G)
+def _merge_all(found, splits, sinks, out, *, G, rows):
+    seq, head, first = lax.axis_index("sequence"), lax.axis_index("head"), lax.axis_index("rows") * rows
+    merge(found, Unfinished(seq, head, splits[seq], jnp.int32(1)), sinks, out, G, (first, rows))
 
 
 def clear(out, splits, worker, workers) -> None:
@@ -88,14 +90,15 @@ def _layout(size: int):
     return plgpu.Layout.WG_STRIDED((size,), vec_size=next(v for v in (4, 2, 1) if size % (WARPGROUP * v) == 0))
 
 
-def merge(found, left: Unfinished, sinks, out, G: int) -> None:
+def merge(found, left: Unfinished, sinks, out, G: int, rows=None) -> None:
     """In a warpgroup: what merge_splits gives for one sequence and head, of `found` as that takes it, to out [S, K,
-    R * D]."""
+    R * D]; or for some of the R rows, of which `rows` has the first and how many."""
     seq, head, splits, merged = left
     parts, maxima, totals = (ref.at[seq, head] for ref in found)
-    size, R = parts.shape[1], maxima.shape[1]
-    D = size // R
-    at_once = max(1, min(4, AT_ONCE // size))
+    D = parts.shape[1] // maxima.shape[1]
+    first, R = rows or (0, maxima.shape[1])
+    size, here = R * D, pl.ds(first * D, R * D)
+    at_once = max(1, min(4 if maxima.shape[1] == R else 8, AT_ONCE // size))
     layout = _layout(size)
     row = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) // D
 
@@ -116,11 +119,12 @@ def merge(found, left: Unfinished, sinks, out, G: int) -> None:
     def chunk(c, carry):
         places = [jnp.where(c + u == 0, 0, merged - 1 + c + u) for u in range(at_once)]  # part 0, then those behind it
         at = [jnp.minimum(j, splits - 1) for j in places]
-        found = [plgpu.load(parts.at[j], layout=layout) for j in at]
+        found = [plgpu.load(parts.at[j, here], layout=layout) for j in at]
         found_m = [
-            [jnp.where(j < splits, maxima[i, g], -jnp.inf) for g in range(R)] for j, i in zip(places, at, strict=True)
+            [jnp.where(j < splits, maxima[i, first + g], -jnp.inf) for g in range(R)]
+            for j, i in zip(places, at, strict=True)
         ]
-        found_total = [[totals[i, g] for g in range(R)] for i in at]
+        found_total = [[totals[i, first + g] for g in range(R)] for i in at]
         (acc, m, total), weights = align(carry, found_m)
         for x, x_total, weight in zip(found, found_total, weights, strict=True):
             acc += x * spread(weight)
@@ -134,10 +138,10 @@ def merge(found, left: Unfinished, sinks, out, G: int) -> None:
     chunks = lax.div(left_over + (at_once - 1), jnp.int32(at_once))
     acc, m, total = lax.fori_loop(0, chunks, lambda i, x: chunk(i * at_once, x), carry)
     if sinks:
-        sink = [head * G + min(g, G - 1) for g in range(R)]
+        sink = [head * G + jnp.minimum(first + g, G - 1) for g in range(R)]
         (acc, _, total), [weight] = align((acc, m, total), [[sinks[0][i] for i in sink]])
         total = [t + w * sinks[1][i] for t, w, i in zip(total, weight, sink, strict=True)]
-    out[seq, head] = (acc * reciprocal(spread(total))).astype(out.dtype)
+    out[seq, head, here] = (acc * reciprocal(spread(total))).astype(out.dtype)
 
 
 def reciprocal(total):

@@ -78,6 +78,28 @@ def test_sequences_that_are_alike_are_not_cut_between_workers(K, sms):
     check()
 
 
+def test_short_splits_come_last_if_asked_for():
+    config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
+
+    @jax.jit
+    def listed(kv_lens):
+        cuts = Cuts.of(kv_lens, TOKENS, None, config)
+        return cuts.splits, *(list_work(cuts, kv_lens, short_last) for short_last in (True, False))
+
+    @given(lengths)
+    def check(lens):
+        splits, (work, count), (by_sequence, _) = jax.tree.map(np.asarray, listed(jnp.asarray(lens, jnp.int32)))
+        work, by_sequence = work[: count[0]], by_sequence[: count[0]]
+        order = np.lexsort((work[:, 4], work[:, 0]))
+        assert (work[order] == by_sequence).all()
+        tokens, size = work[:, 2] - work[:, 1], work[:, 7]
+        lasts = (splits > 0).sum()
+        assert (tokens[: len(work) - lasts] == size[: len(work) - lasts]).all()
+        assert (work[len(work) - lasts :, 4] + 1 == work[len(work) - lasts :, 6]).all()
+
+    check()
+
+
 def test_the_list_of_one_sequence_is_as_among_others():
     config = DecodeConfig(min_split=256, max_splits=32, workers=2, stages=3)
     work_of = jax.jit(lambda lens: list_work(Cuts.of(lens, TOKENS, None, config), lens))

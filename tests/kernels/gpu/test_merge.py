@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from kernels_pallas.gpu import merge as merging
 from kernels_pallas.gpu.merge import Sinks, Unfinished, clear, merge, merge_splits, stored_rows
 from kernels_pallas.gpu.rows import PARAMS
 
@@ -46,8 +47,10 @@ def expected(found, logits, G, D):
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize(("G", "D"), [(1, 64), (2, 64), (3, 64), (4, 128)])
-def test_merged_is_what_one_softmax_gives(G, D, with_sinks):
+@pytest.mark.parametrize("sms", [1, 132])
+@pytest.mark.parametrize(("G", "D"), [(1, 64), (2, 64), (3, 64), (4, 128), (2, 256)])
+def test_merged_is_what_one_softmax_gives(G, D, with_sinks, sms, monkeypatch):
+    monkeypatch.setattr(merging, "num_sms", lambda: sms)
     found, logits = case(G, D)
     logits = logits if with_sinks else None
     sinks = Sinks.of(jnp.asarray(logits, jnp.float32)) if with_sinks else None
