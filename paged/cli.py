@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from paged.errors import InvalidRequestError
-from paged.no_pytorch import keep_pytorch_out
+from paged.no_pytorch import import_transformers_alone
 
-keep_pytorch_out()  # a command line has its process for itself
+import_transformers_alone()  # a command line has its process for itself
 
 from transformers.hf_argparser import HfArgumentParser  # noqa: E402
 

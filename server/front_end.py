@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 import uvicorn
 
 from paged.config import EngineConfig
-from paged.no_pytorch import keep_pytorch_out
+from paged.no_pytorch import import_transformers_alone
 from server.app import build_app
 from server.args import ServerArgs
 from server.link import EngineLink
@@ -84,7 +84,7 @@ async def serve_http(
 
 def import_tokenizers() -> None:
     """What the tokenizer that comes from the engine needs, which takes seconds, while the engine loads."""
-    keep_pytorch_out()
+    import_transformers_alone()
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 
