@@ -135,15 +135,14 @@ class Runner:
     def warm_up(self) -> None:
         """Runs every program for nobody, on padding, so that what its first runs load and record is there for the first
         requests. Only the scratch slot and the padding block are written to."""
-        nobody, scratch = StepPlan([], [], []), self.shape.max_num_seqs
+        nobody, s = StepPlan([], [], []), self.shape
         for _ in range(WARM_UPS):
-            for shape, variant in self._steps_and_variants():
-                self._execute(PackedStep(nobody, shape, variant, pack(nobody, shape, scratch)))
-            for shape in self._chains:
-                step = PackedStep(nobody, shape, "random", pack(nobody, shape, scratch))
-                self._execute_chain([step] * self.shape.chain)
+            for step, variant in self._steps_and_variants():
+                self._execute(self.pack(nobody, step)._replace(variant=variant))
+            for step in self._chains:
+                self._execute_chain([self.pack(nobody, step)] * s.chain)
             self._write_tables([])
-            self._write_full_row(scratch, sampler.full_row(SamplingParams(), [], [], [], self.shape.vocab_size))
+            self._write_full_row(s.max_num_seqs, sampler.full_row(SamplingParams(), [], [], [], s.vocab_size))
             self._score(self.params, self.state.unfinished, self._send(np.zeros((2, SCORE_ROWS), np.int32)))
             self.clear_blocks([0])
         jax.block_until_ready(self.state)

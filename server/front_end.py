@@ -93,10 +93,10 @@ async def follow(link: EngineLink, service: Service) -> None:
     drain = asyncio.create_task(link.drain.wait())
     for event, said in ((link.loaded, "ready"), (link.opened, None)):
         await asyncio.wait({asyncio.create_task(event.wait()), drain}, return_when=asyncio.FIRST_COMPLETED)
-        gc.freeze()  # what start-up has left is no garbage: to look through it takes 30 ms, and all answers wait
         if said and not drain.done():
             link.send("now", said)
     if not drain.done():
+        gc.freeze()  # what start-up has left is no garbage: to look through it takes 30 ms, and all answers wait
         service.phase = "ready"
     await drain
     await service.drain()

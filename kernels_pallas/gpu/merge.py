@@ -98,7 +98,8 @@ def merge(found, left: Unfinished, sinks, out, G: int, rows=None) -> None:
     D = parts.shape[1] // maxima.shape[1]
     first, R = rows or (0, maxima.shape[1])
     size, here = R * D, pl.ds(first * D, R * D)
-    at_once = max(1, min(4 if maxima.shape[1] == R else 8, AT_ONCE // size))
+    most = 4 if maxima.shape[1] == R else 8  # decode attention itself merges all rows, with few registers left
+    at_once = max(1, min(most, AT_ONCE // size))
     layout = _layout(size)
     row = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=layout) // D
 
